@@ -1,0 +1,1 @@
+# Marks bn_cy as a package that Cython code can cimport from.

@@ -1,0 +1,35 @@
+"""Batch normalization for NumPy, in compiled loops."""
+
+from importlib.metadata import version as _version
+
+from bn_cy import reference
+from bn_cy._config import show_config
+from bn_cy._threads import get_num_threads, set_num_threads
+from bn_cy.functional import (
+    Moments,
+    batchnorm_backward,
+    batchnorm_forward,
+    gradient_sums,
+    input_gradient,
+    moments,
+    normalize,
+)
+from bn_cy.layer import BatchNorm
+
+__version__ = _version("bn_cy")
+
+__all__ = [
+    "BatchNorm",
+    "Moments",
+    "__version__",
+    "batchnorm_backward",
+    "batchnorm_forward",
+    "get_num_threads",
+    "gradient_sums",
+    "input_gradient",
+    "moments",
+    "normalize",
+    "reference",
+    "set_num_threads",
+    "show_config",
+]

@@ -1,0 +1,54 @@
+"""What the processor and OpenMP offer."""
+
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    #include <omp.h>
+    #else
+    static int omp_get_max_threads(void) { return 1; }
+    #endif
+
+    /* The highest of the x86-64 levels that processor and system support; 0: none, or another processor. */
+    #if defined(_MSC_VER) && defined(_M_X64)
+    #include <windows.h>
+    static int bn_cpu_level(void) {
+        if (IsProcessorFeaturePresent(41)) return 4;  /* PF_AVX512F_INSTRUCTIONS_AVAILABLE */
+        if (IsProcessorFeaturePresent(40)) return 3;  /* PF_AVX2_INSTRUCTIONS_AVAILABLE */
+        return 2;
+    }
+    #elif defined(__x86_64__)
+    static int bn_cpu_level(void) {
+        __builtin_cpu_init();
+        if (!(__builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt"))) return 0;
+        if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+              && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2"))) return 2;
+        if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+              && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq")
+              && __builtin_cpu_supports("avx512vl"))) return 3;
+        return 4;
+    }
+    #else
+    static int bn_cpu_level(void) { return 0; }
+    #endif
+
+    #ifdef BN_CY_OPENMP
+    #define BN_CY_HAS_OPENMP 1
+    #else
+    #define BN_CY_HAS_OPENMP 0
+    #endif
+    """
+    int omp_get_max_threads() nogil
+    int bn_cpu_level() nogil
+    bint HAS_OPENMP "BN_CY_HAS_OPENMP"
+
+OPENMP = bool(HAS_OPENMP)
+
+
+def supported_levels():
+    """Return the x86-64 levels that this processor runs, best first; empty on other processors."""
+    return [f"v{level}" for level in range(bn_cpu_level(), 1, -1)]
+
+
+def max_threads():
+    """Return how many threads OpenMP would use now, for the calling thread; 1 in a serial build."""
+    return omp_get_max_threads()

@@ -1,0 +1,59 @@
+"""Which compiled kernels to use: chosen once, at import.
+
+The same loops are compiled for the x86-64 levels v2, v3 and v4 (SSE4, AVX2, AVX-512) and give the same bits on each;
+on other processors there is one plain variant. The environment variable BN_CY_ISA forces one.
+"""
+
+import importlib
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from bn_cy import _cpu
+
+
+class Kernels(NamedTuple):
+    """The compiled functions for one dtype."""
+
+    forward: object
+    backward: object
+
+
+def choose_variant(forced, supported):
+    """Return the name of the variant to load.
+
+    Parameters
+    ----------
+    forced : str
+        What BN_CY_ISA holds; empty: no wish.
+    supported : list of str
+        What this processor runs, best first.
+
+    Raises
+    ------
+    ImportError
+        If the word is unknown, or names what this processor does not run.
+    """
+    if forced and forced not in supported:
+        raise ImportError(
+            f"BN_CY_ISA must name a variant that this processor runs ({', '.join(supported)}), got {forced!r}"
+        )
+    return forced or supported[0]
+
+
+def load(variant):
+    """Return {dtype: Kernels} of a variant and its module. One that is missing or broken is an error."""
+    module = importlib.import_module(f"bn_cy._kernels_{variant}")
+    kernels = {
+        np.dtype(name): Kernels(module.forward[c_type], module.backward[c_type])
+        for name, c_type in (("float32", "float"), ("float64", "double"))
+    }
+    return kernels, module
+
+
+SUPPORTED = _cpu.supported_levels() or ["plain"]
+VARIANT = choose_variant(os.environ.get("BN_CY_ISA", ""), SUPPORTED)
+KERNELS, _module = load(VARIANT)
+update_running = _module.update_running
+FLAGS = _module.FLAGS

@@ -1,0 +1,331 @@
+"""`BatchNorm`: batch normalization as a layer, with its parameters, running statistics and modes."""
+
+import numpy as np
+
+from bn_cy import functional
+from bn_cy._dispatch import update_running
+
+__all__ = ["BatchNorm"]
+
+
+def _entry(store, name, doc):
+    """Return a property that reads and replaces an entry of `params` or `grads`."""
+
+    def get(layer):
+        return getattr(layer, store).get(name)
+
+    def replace(layer, value):
+        entries = getattr(layer, store)
+        if name not in entries:
+            raise AttributeError(f"this layer has no {name}")
+        entries[name] = value
+
+    return property(get, replace, doc=doc)
+
+
+class BatchNorm:
+    """Batch normalization as a layer of a NumPy network.
+
+    In training it normalizes by the statistics of the batch and updates the running ones; in eval mode it
+    normalizes by these. New layers are in training mode.
+
+    Parameters
+    ----------
+    num_features : int
+        Length of the feature axis.
+    eps : float, optional
+        Added to the variance.
+    momentum : float or None, optional
+        Weight of the new batch in the running statistics, from 0 to 1 (PyTorch's meaning: its 0.1 is the
+        0.9 of Keras and ONNX). None: all batches weigh alike.
+    scale, shift : bool, optional
+        Whether there is a `gamma`, and a `beta`.
+    track_running_stats : bool, optional
+        False: no running statistics; eval normalizes by those of the batch, too.
+    unbiased : bool, optional
+        Whether the running variance is divided by n - 1 (as PyTorch does) rather than by n (as Keras,
+        Flax and ONNX do).
+    axis : int, optional
+        The feature axis of the input.
+    dtype : dtype, optional
+        float32 or float64: that of the parameters and their gradients. The input may be of either.
+
+    Attributes
+    ----------
+    params, grads : dict
+        ``{"gamma": ..., "beta": ...}`` as far as present, for an optimizer: update the arrays of `params`
+        in place. `grads` is filled by `backward`, None before.
+    gamma, beta, dgamma, dbeta : array of shape (num_features,) or None
+        The same, one by one.
+    running_mean, running_var : float64 array of shape (num_features,) or None
+        The running statistics. Always float64: a float32 mean of 1e6 would ruin eval.
+    num_batches_tracked : int
+        Training batches seen.
+    training : bool
+        The mode.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
+
+    Notes
+    -----
+    S. Ioffe and C. Szegedy, *Batch Normalization*, 2015. Pickles and copies leave out the cached batch.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bn_cy
+    >>> layer = bn_cy.BatchNorm(2, dtype=np.float64)
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> y = layer(x)
+    >>> dx = layer.backward(np.array([[1.0, 0.0], [0.0, 1.0]]))
+    >>> layer.dbeta
+    array([1., 1.])
+    >>> layer.running_mean
+    array([0.2, 2. ])
+    >>> layer.eval()(x).shape
+    (2, 2)
+    """
+
+    def __init__(
+        self,
+        num_features,
+        *,
+        eps=1e-5,
+        momentum=0.1,
+        scale=True,
+        shift=True,
+        track_running_stats=True,
+        unbiased=True,
+        axis=1,
+        dtype=np.float32,
+    ):
+        self.num_features = functional.as_index("num_features", num_features)
+        if self.num_features < 1:
+            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        functional.check_eps(eps)
+        self.eps = eps
+        self.momentum = checked_momentum(momentum)
+        self.unbiased = bool(unbiased)
+        self.axis = functional.as_index("axis", axis)
+        self.dtype = functional.as_float_dtype("dtype", dtype)
+        self.training = True
+        self.params = {}
+        if scale:
+            self.params["gamma"] = np.ones(self.num_features, self.dtype)
+        if shift:
+            self.params["beta"] = np.zeros(self.num_features, self.dtype)
+        self.grads = dict.fromkeys(self.params)
+        self.running_mean = np.zeros(self.num_features) if track_running_stats else None
+        self.running_var = np.ones(self.num_features) if track_running_stats else None
+        self.num_batches_tracked = 0
+        self._cache = None
+
+    gamma = _entry("params", "gamma", "The scale, or None.")
+    beta = _entry("params", "beta", "The shift, or None.")
+    dgamma = _entry("grads", "gamma", "Gradient of the scale, or None.")
+    dbeta = _entry("grads", "beta", "Gradient of the shift, or None.")
+
+    @property
+    def track_running_stats(self):
+        """Whether there are running statistics."""
+        return self.running_mean is not None
+
+    def forward(self, x, *, out=None):
+        """Normalize a batch; in training, update the running statistics.
+
+        Parameters
+        ----------
+        x : array of float32 or float64, with `num_features` features along `axis`
+            The batch. It must not change before the backward.
+        out : array of x's shape and dtype, optional
+            Where to write the result. It may not share memory with `x`.
+
+        Returns
+        -------
+        array of x's shape and dtype
+            The result; `out`, if given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `batchnorm_forward`, and if the number of features does not fit. The layer is unchanged.
+        """
+        x = np.asarray(x)
+        self._check_features(x)
+        gamma, beta = self.params.get("gamma"), self.params.get("beta")
+        if self.training or self.running_mean is None:
+            y, cache = functional.batchnorm_forward(x, gamma, beta, self.eps, axis=self.axis, out=out)
+            if self.training and self.running_mean is not None and cache.layout.size:
+                self._track(cache)
+        else:
+            y, cache = functional.frozen_forward(
+                x, self.running_mean, self.running_var, gamma, beta, self.eps, self.axis, out
+            )
+        self._cache = cache
+        return y
+
+    __call__ = forward
+
+    def backward(self, dout, *, out=None):
+        """Gradients of the last forward; those of the parameters go to `grads`.
+
+        Parameters
+        ----------
+        dout : array of x's shape and dtype
+            The gradient with respect to the forward's result.
+        out : array of x's shape and dtype, optional
+            Where to write `dx`. It may be `dout` itself.
+
+        Returns
+        -------
+        array of x's shape and dtype
+            `dx`; `out`, if given. After a forward in eval mode the statistics are constants:
+            ``dx = gamma*invstd*dout``.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no forward.
+        TypeError, ValueError
+            As `batchnorm_backward`.
+        """
+        if self._cache is None:
+            raise RuntimeError("backward needs a forward before it")
+        dx, dgamma, dbeta = functional.batchnorm_backward(dout, self._cache, out=out)
+        if dgamma is not None:
+            self.grads["gamma"] = dgamma.astype(self.dtype, copy=False)
+        if dbeta is not None:
+            self.grads["beta"] = dbeta.astype(self.dtype, copy=False)
+        return dx
+
+    def train(self, mode=True):
+        """Switch to training mode, or to eval mode.
+
+        Parameters
+        ----------
+        mode : bool, optional
+            False: eval mode.
+
+        Returns
+        -------
+        BatchNorm
+            The layer itself.
+        """
+        self.training = bool(mode)
+        return self
+
+    def eval(self):
+        """Switch to eval mode; return the layer itself."""
+        return self.train(False)
+
+    def reset_running_stats(self):
+        """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
+        self.num_batches_tracked = 0
+        if self.running_mean is not None:
+            self.running_mean[:] = 0
+            self.running_var[:] = 1
+
+    def state_dict(self):
+        """Return copies of the parameters and running statistics under PyTorch's names.
+
+        Returns
+        -------
+        dict
+            ``weight``, ``bias``, ``running_mean``, ``running_var`` and ``num_batches_tracked``, as far as
+            the layer has them.
+        """
+        state = {name: array.copy() for name, array in self._state_arrays().items()}
+        if self.track_running_stats:
+            state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
+        return state
+
+    def load_state_dict(self, state):
+        """Load what `state_dict` returned, or that of a ``torch.nn.BatchNorm*d``: all of it or nothing.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            With exactly the keys of this layer's own `state_dict`.
+
+        Raises
+        ------
+        KeyError
+            If a key is missing or unknown.
+        TypeError, ValueError
+            If a value has another shape, or is not of real numbers. The layer is unchanged.
+        """
+        arrays = self._state_arrays()
+        expected = [*arrays, "num_batches_tracked"] if self.track_running_stats else list(arrays)
+        if set(state) != set(expected):
+            raise KeyError(f"state must have the keys {expected}, got {list(state)}")
+        loaded = {name: loaded_array(name, state[name], array) for name, array in arrays.items()}
+        if self.track_running_stats:
+            self.num_batches_tracked = loaded_count(state["num_batches_tracked"])
+        for name, array in arrays.items():
+            array[...] = loaded[name]
+
+    def __getstate__(self):
+        """Everything but the cached batch."""
+        return {**self.__dict__, "_cache": None}
+
+    def __repr__(self):
+        """As the call that makes such a layer."""
+        return (
+            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"scale={self.gamma is not None}, shift={self.beta is not None}, "
+            f"track_running_stats={self.track_running_stats}, unbiased={self.unbiased}, "
+            f"axis={self.axis}, dtype={self.dtype})"
+        )
+
+    def _check_features(self, x):
+        if x.ndim >= 2 and -x.ndim <= self.axis < x.ndim and x.shape[self.axis] != self.num_features:
+            raise ValueError(
+                f"x must have {self.num_features} features along axis {self.axis}, got shape {x.shape}"
+            )
+
+    def _track(self, cache):
+        self.num_batches_tracked += 1
+        momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        correction = cache.count / (cache.count - 1) if self.unbiased else 1.0
+        update_running(self.running_mean, self.running_var, cache.statistics, momentum, correction)
+
+    def _state_arrays(self):
+        arrays = {
+            "weight": self.gamma,
+            "bias": self.beta,
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+        }
+        return {name: array for name, array in arrays.items() if array is not None}
+
+
+def checked_momentum(momentum):
+    """Return a momentum from 0 to 1, or None."""
+    if momentum is None:
+        return None
+    try:
+        valid = 0 <= momentum <= 1
+    except TypeError:
+        raise TypeError(f"momentum must be a number or None, got {momentum!r}") from None
+    if not valid:
+        raise ValueError(f"momentum must be from 0 to 1, got {momentum!r}")
+    return momentum
+
+
+def loaded_array(name, value, current):
+    """Return a value of a state as an array that fits the layer's own."""
+    array = functional.as_real(name, value)
+    if array.shape != current.shape:
+        raise ValueError(f"{name} must have shape {current.shape}, got {array.shape}")
+    return array
+
+
+def loaded_count(value):
+    """Return num_batches_tracked as an int."""
+    array = functional.as_real("num_batches_tracked", value)
+    if array.size != 1 or not array >= 0 or array % 1 != 0:
+        raise ValueError(f"num_batches_tracked must be one integer, 0 or more, got {value!r}")
+    return int(array)

@@ -1,0 +1,176 @@
+"""Build the compiled modules of bn_cy; everything else about the package is in pyproject.toml.
+
+Four environment variables change the build:
+
+BN_CY_OPENMP=0     no OpenMP: every kernel runs in one thread
+BN_CY_DEBUG=1      bounds and initialisation checks in the kernels
+BN_CY_LINETRACE=1  line tracing, for the coverage of the .pyx files
+CC, CFLAGS, ...    as for every setuptools build
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+SERIAL = os.environ.get("BN_CY_OPENMP", "") == "0"
+DEBUG = os.environ.get("BN_CY_DEBUG", "") not in ("", "0")
+LINETRACE = os.environ.get("BN_CY_LINETRACE", "") not in ("", "0")
+
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": DEBUG,
+    "wraparound": False,
+    "initializedcheck": DEBUG,
+    "cdivision": True,
+    "linetrace": LINETRACE,
+}
+
+# Contraction into FMA and reassociation would give every instruction set its own rounding.
+GCC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+MSVC_FLAGS = ["/O2", "/fp:precise"]
+
+GCC_VARIANTS = {
+    "v2": ["-march=x86-64-v2"],
+    "v3": ["-march=x86-64-v3"],
+    "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+}
+# MSVC has no switch for v2: the baseline of x64 stands in.
+MSVC_VARIANTS = {"v2": [], "v3": ["/arch:AVX2"], "v4": ["/arch:AVX512"]}
+
+KERNELS = "bn_cy._kernels_"  # and the name of the variant
+
+# (compile, link) flags, in the order in which they are tried.
+GCC_OPENMP = [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
+MSVC_OPENMP = [(["/openmp"], [])]
+
+TRIVIAL_PROGRAM = "int main(void) { return 0; }\n"
+OPENMP_PROGRAM = """\
+#include <omp.h>
+int main(void) { return omp_get_max_threads() < 1; }
+"""
+
+
+def builds(compiler, program, compile_flags, link_flags=()):
+    """Tell whether the compiler takes the flags and makes an executable of the C program."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text(program)
+        try:
+            objects = compiler.compile([str(source)], folder, extra_postargs=list(compile_flags))
+            compiler.link_executable(objects, "probe", folder, extra_postargs=list(link_flags))
+        except (CompileError, LinkError):
+            return False
+    return True
+
+
+def find_openmp(compiler, candidates):
+    """Return the first (compile, link) flags that give OpenMP, or None."""
+    for compile_flags, link_flags in candidates:
+        if builds(compiler, OPENMP_PROGRAM, compile_flags, link_flags):
+            return compile_flags, link_flags
+    return None
+
+
+def choose_variants(compiler, platform, candidates):
+    """Return the kernel variants that this compiler can build for this platform."""
+    if not platform.endswith(("x86_64", "amd64")):
+        return {"plain": []}
+    accepted = {
+        name: flags
+        for name, flags in candidates.items()
+        if builds(compiler, TRIVIAL_PROGRAM, flags)
+    }
+    return accepted or {"plain": []}
+
+
+def configure(ext, flags, openmp, variants):
+    """Give one module its flags, and tell it by macros how the package is being built."""
+    compile_flags, link_flags = openmp or ([], [])
+    ext.extra_compile_args = flags + compile_flags
+    ext.extra_link_args = list(link_flags)
+    ext.define_macros = [
+        ("BN_CY_FLAGS", c_string(ext.extra_compile_args)),
+        ("BN_CY_VARIANTS", c_string(variants)),
+    ]
+    if openmp:
+        ext.define_macros.append(("BN_CY_OPENMP", "1"))
+    if LINETRACE:
+        ext.define_macros.append(("CYTHON_TRACE_NOGIL", "1"))
+
+
+def c_string(words):
+    return '"{}"'.format(" ".join(words))
+
+
+class BuildExtensions(build_ext):
+    """Probe the compiler, drop the variants it cannot build, translate and compile the rest."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        if self.parallel is None:
+            self.parallel = os.cpu_count()
+
+    def build_extensions(self):
+        msvc = self.compiler.compiler_type == "msvc"
+        common = MSVC_FLAGS if msvc else GCC_FLAGS
+        variants = choose_variants(
+            self.compiler, self.plat_name, MSVC_VARIANTS if msvc else GCC_VARIANTS
+        )
+        openmp = None
+        if not SERIAL:
+            openmp = find_openmp(self.compiler, MSVC_OPENMP if msvc else GCC_OPENMP)
+        self.announce_choice(variants, openmp)
+
+        kernels = {KERNELS + name: flags for name, flags in variants.items()}
+        self.extensions[:] = [
+            ext for ext in self.extensions if ext.name in kernels or KERNELS not in ext.name
+        ]
+        for ext in self.extensions:
+            configure(ext, common + kernels.get(ext.name, []), openmp, variants)
+        self.translate()
+        super().build_extensions()
+
+    def announce_choice(self, variants, openmp):
+        self.warn(f"bn_cy: kernels for {', '.join(variants)}")
+        if openmp is None:
+            reason = "BN_CY_OPENMP=0" if SERIAL else "the compiler has no OpenMP"
+            self.warn(f"bn_cy: SERIAL build, every kernel runs in one thread ({reason})")
+        else:
+            self.warn(f"bn_cy: OpenMP with {' '.join(openmp[0])}")
+
+    def translate(self):
+        """Turn every .pyx into C, under the build folder."""
+        translated = cythonize(
+            self.extensions,
+            build_dir=self.build_temp,
+            compiler_directives=DIRECTIVES,
+            nthreads=os.cpu_count() or 1,
+        )
+        for ext, result in zip(self.extensions, translated, strict=True):
+            ext.sources = result.sources
+
+
+def extension(name):
+    """Describe one module; its flags are added when the compiler is known."""
+    source = name.replace(".", "/") + ".pyx"
+    depends = ["bn_cy/_kernels.pxi"] if name.startswith(KERNELS) else []
+    return Extension(name, [source], depends=depends)
+
+
+# Processes that translate in parallel may import this file again.
+if __name__ == "__main__":
+    modules = ["bn_cy._cpu", "bn_cy._buffers"]
+    modules += [KERNELS + name for name in [*GCC_VARIANTS, "plain"]]
+    # One folder for each kind of build: the objects of one never pass for those of another.
+    asked = {"serial": SERIAL, "debug": DEBUG, "linetrace": LINETRACE}
+    kind = "-".join(name for name in asked if asked[name]) or "default"
+    setup(
+        ext_modules=[extension(name) for name in modules],
+        cmdclass={"build_ext": BuildExtensions},
+        options={"build": {"build_base": f"build/{kind}"}},
+    )

@@ -1,0 +1,750 @@
+"""The functions against 80-bit arithmetic: values, layouts, given outputs, refused arguments."""
+
+import tracemalloc
+import weakref
+from contextlib import contextmanager
+
+import exact
+import numpy as np
+import pytest
+from exact import COMBINATIONS, LAYOUTS, TOLERANCE, arrays_within, error
+
+import bn_cy
+from bn_cy import (
+    batchnorm_backward,
+    batchnorm_forward,
+    gradient_sums,
+    input_gradient,
+    moments,
+    normalize,
+)
+
+FEATURES = [1, 2, 7, 16, 37, 64, 130]
+ROWS = [2, 3, 8, 15, 33, 257, 5000]
+
+ROW_CASES = [((rows, features), 1) for features in FEATURES for rows in ROWS]
+COLUMN_CASES = [((f, n), 0) for f in (1, 3, 37, 130) for n in (2, 15, 64, 5000)]
+IMAGE_CASES = [
+    ((outer, features, side, side), 1)
+    for outer in (1, 2, 5)
+    for features in (1, 7, 16, 37, 130)
+    for side in (1, 3, 7, 14)
+    if outer * side > 1
+]
+BIG_IMAGE_CASES = [
+    ((1, 16, 56, 56), 1),
+    ((3, 7, 56, 56), 1),
+    ((2, 2, 100, 101), 1),
+    ((4, 1, 33, 33), 1),
+    ((130, 3, 1, 31), 1),
+]
+AXIS_CASES = [
+    (shape, axis)
+    for shape in [(4, 9), (4, 5, 6), (3, 4, 5, 6), (2, 3, 4, 5, 3)]
+    for axis in range(-len(shape), len(shape))
+]
+NHWC_CASES = [((4, 7, 7, 37), -1), ((2, 14, 14, 64), 3), ((2, 56, 56, 3), -1)]
+CASES = ROW_CASES + COLUMN_CASES + IMAGE_CASES + BIG_IMAGE_CASES + AXIS_CASES + NHWC_CASES
+
+LAYOUT_CASES = [
+    ((33, 16), 1),
+    ((16, 33), 0),
+    ((5, 7, 3, 3), 1),
+    ((4, 6, 5, 20), -1),
+    ((3, 64, 9), 1),
+]
+
+DTYPES = [np.float32, np.float64]
+
+
+def case_id(case):
+    shape, axis = case
+    return f"{'x'.join(map(str, shape))}-axis{axis}"
+
+
+def draw(rng, shape, axis, dtype, scale=True, shift=True):
+    """Return random x, dout, gamma and beta."""
+    x = exact.ordinary(rng, shape, axis, dtype)
+    dout = rng.standard_normal(shape).astype(dtype)
+    return x, dout, *exact.parameters(rng, shape[axis], dtype, scale, shift)
+
+
+def check_forward(y, x, gamma, beta, eps, axis):
+    """Assert that y is what 80-bit arithmetic makes of x."""
+    assert isinstance(y, np.ndarray)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    assert error(y, exact.forward(x, gamma, beta, eps, axis)) <= TOLERANCE[x.dtype]
+
+
+def check_backward(gradients, dout, x, gamma, beta, eps, axis):
+    """Assert that the gradients are what 80-bit arithmetic makes of dout and x."""
+    dx, dgamma, dbeta = gradients
+    exact_dx, exact_dgamma, exact_dbeta = exact.backward(dout, x, gamma, eps, axis)
+    tolerance = TOLERANCE[x.dtype]
+    assert (dx.shape, dx.dtype) == (x.shape, x.dtype)
+    _, mean, var = exact.statistics(x, axis)
+    dx_scale = exact.norm(exact.frozen_gradient(dout, x, var, gamma, eps, axis))
+    assert error(dx, exact_dx, dx_scale) <= tolerance
+    dbeta_scale, dgamma_scale = exact.sum_scales(dout, x, mean, var, eps, axis)
+    for actual, parameter, expected, scale in (
+        (dgamma, gamma, exact_dgamma, dgamma_scale),
+        (dbeta, beta, exact_dbeta, dbeta_scale),
+    ):
+        if parameter is None:
+            assert actual is None
+        else:
+            assert actual.shape == (x.shape[axis],)
+            assert error(actual, expected, scale) <= tolerance
+
+
+def check_both(x, dout, gamma, beta, axis, eps=1e-5):
+    """Run forward and backward on the arrays as they are and check both."""
+    y, cache = batchnorm_forward(x, gamma, beta, eps, axis=axis)
+    check_forward(y, x, gamma, beta, eps, axis)
+    check_backward(batchnorm_backward(dout, cache), dout, x, gamma, beta, eps, axis)
+
+
+@contextmanager
+def refused(exception, *words):
+    """Expect an exception whose message holds every one of the words."""
+    with pytest.raises(exception) as caught:
+        yield
+    for word in words:
+        assert word in str(caught.value)
+
+
+# Values
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_agrees_with_extended_precision(rng, case, dtype):
+    shape, axis = case
+    x, dout, gamma, beta = draw(rng, shape, axis, dtype)
+    check_both(x, dout, gamma, beta, axis)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=case_id)
+def test_every_layout(rng, case, layout, dtype):
+    shape, axis = case
+    x, dout, gamma, beta = draw(rng, shape, axis, dtype)
+    check_both(LAYOUTS[layout](x), LAYOUTS[layout](dout), gamma, beta, axis)
+
+
+@pytest.mark.parametrize("dout_layout", ["c", "fortran", "channels_last", "strided"])
+@pytest.mark.parametrize("x_layout", ["c", "fortran", "channels_last", "strided"])
+def test_layouts_of_x_and_dout_may_differ(rng, x_layout, dout_layout):
+    x, dout, gamma, beta = draw(rng, (6, 7, 5, 4), 1, np.float32)
+    check_both(LAYOUTS[x_layout](x), LAYOUTS[dout_layout](dout), gamma, beta, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=case_id)
+@pytest.mark.parametrize(("scale", "shift"), COMBINATIONS)
+def test_absent_parameters(rng, case, scale, shift, dtype):
+    shape, axis = case
+    x, dout, gamma, beta = draw(rng, shape, axis, dtype, scale, shift)
+    check_both(x, dout, gamma, beta, axis)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-3, 10.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eps(rng, eps, dtype):
+    x, dout, gamma, beta = draw(rng, (40, 11), 1, dtype)
+    check_both(x, dout, gamma, beta, 1, eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_by_finite_differences(rng, dtype):
+    x, dout, gamma, beta = draw(rng, (5, 3, 2), 1, np.float64)
+
+    def loss(x, gamma, beta):
+        return float(np.sum(batchnorm_forward(x, gamma, beta)[0] * dout))
+
+    _, cache = batchnorm_forward(x.astype(dtype), gamma.astype(dtype), beta.astype(dtype))
+    dx, dgamma, dbeta = batchnorm_backward(dout.astype(dtype), cache)
+    tolerance = 1e-9 if dtype == np.float64 else 1e-6
+    for gradient, numeric in (
+        (dx, exact.finite_differences(lambda v: loss(v, gamma, beta), x.copy())),
+        (dgamma, exact.finite_differences(lambda v: loss(x, v, beta), gamma.copy())),
+        (dbeta, exact.finite_differences(lambda v: loss(x, gamma, v), beta.copy())),
+    ):
+        assert error(gradient, numeric, exact.norm(dout)) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("constant", [0.0, 0.1, -3.0, 7.5e10])
+@pytest.mark.parametrize("shape", [(100, 3), (7, 3, 7, 7), (2, 3, 40, 40)])
+def test_constant_feature_gives_exactly_beta(rng, shape, constant, dtype):
+    x, dout, gamma, beta = draw(rng, shape, 1, dtype)
+    x[:, 1] = constant
+    y, cache = batchnorm_forward(x, gamma, beta)
+    dx, dgamma, _ = batchnorm_backward(dout, cache)
+    assert np.all(y[:, 1] == beta[1])
+    assert dgamma[1] == 0
+    assert np.all(np.isfinite(dx))
+
+
+def test_broadcast_input(rng):
+    row = rng.standard_normal((1, 5)).astype(np.float32)
+    x = np.broadcast_to(row, (6, 5))
+    y, _ = batchnorm_forward(x)
+    assert np.all(y == 0)
+
+
+def test_parameters_of_another_precision(rng):
+    x, dout, gamma, beta = draw(rng, (50, 6), 1, np.float32)
+    gamma, beta = gamma.astype(np.float64), beta.astype(np.float64)
+    check_both(x, dout, gamma, beta, 1)
+
+
+def test_strided_parameters(rng):
+    x, dout, _, _ = draw(rng, (50, 6), 1, np.float64)
+    values = rng.uniform(0.5, 2, (6, 2))
+    check_both(x, dout, values[:, 0], values[::-1, 1], 1)
+
+
+# The same bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=case_id)
+def test_same_bits_for_any_alignment_and_any_output(rng, case, dtype):
+    shape, axis = case
+    x, dout, gamma, beta = draw(rng, shape, axis, dtype)
+    y, cache = batchnorm_forward(x, gamma, beta, axis=axis)
+    dx, dgamma, dbeta = batchnorm_backward(dout, cache)
+    for layout in ("c", "one_element_off", "one_byte_off", "read_only"):
+        given = LAYOUTS["one_element_off"](np.zeros_like(x))
+        again, cache = batchnorm_forward(LAYOUTS[layout](x), gamma, beta, axis=axis, out=given)
+        np.testing.assert_array_equal(again, y)
+        gradients = batchnorm_backward(LAYOUTS[layout](dout), cache, out=given)
+        for actual, expected in zip(gradients, (dx, dgamma, dbeta), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+
+
+def test_permuted_views_of_the_same_memory_give_the_same_bits(rng):
+    x, dout, gamma, beta = draw(rng, (4, 6, 5, 37), -1, np.float32)
+    y, cache = batchnorm_forward(x, gamma, beta, axis=-1)
+    dx, dgamma, dbeta = batchnorm_backward(dout, cache)
+    nchw, nchw_dout = np.moveaxis(x, -1, 1), np.moveaxis(dout, -1, 1)
+    y_view, cache = batchnorm_forward(nchw, gamma, beta, axis=1)
+    dx_view, dgamma_view, dbeta_view = batchnorm_backward(nchw_dout, cache)
+    np.testing.assert_array_equal(np.moveaxis(y_view, 1, -1), y)
+    np.testing.assert_array_equal(np.moveaxis(dx_view, 1, -1), dx)
+    np.testing.assert_array_equal(dgamma_view, dgamma)
+    np.testing.assert_array_equal(dbeta_view, dbeta)
+
+
+# Given outputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "read_only"])
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=case_id)
+def test_given_output_of_any_layout(rng, case, layout, dtype):
+    shape, axis = case
+    x, dout, gamma, beta = draw(rng, shape, axis, dtype)
+    out = LAYOUTS[layout](np.zeros(shape, dtype))
+    y, cache = batchnorm_forward(x, gamma, beta, axis=axis, out=out)
+    assert y is out
+    check_forward(out, x, gamma, beta, 1e-5, axis)
+    gradients = batchnorm_backward(dout, cache, out=out)
+    assert gradients[0] is out
+    check_backward(gradients, dout, x, gamma, beta, 1e-5, axis)
+
+
+def test_output_writes_nothing_outside_itself(rng):
+    x, dout, gamma, beta = draw(rng, (9, 7, 5), 1, np.float32)
+    frame = np.full((11, 9, 14), 42, np.float32)
+    inside = frame[1:-1, 1:-1, 2:-2:2]
+    _, cache = batchnorm_forward(x, gamma, beta, out=inside)
+    batchnorm_backward(dout, cache, out=inside)
+    inside[...] = 42
+    assert np.all(frame == 42)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "read_only"])
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=case_id)
+def test_backward_in_place(rng, case, layout):
+    shape, axis = case
+    x, dout, gamma, beta = draw(rng, shape, axis, np.float32)
+    _, cache = batchnorm_forward(x, gamma, beta, axis=axis)
+    out = LAYOUTS[layout](dout.copy())
+    gradients = batchnorm_backward(out, cache, out=out)
+    assert gradients[0] is out
+    check_backward(gradients, dout, x, gamma, beta, 1e-5, axis)
+
+
+def test_backward_into_memory_that_overlaps_dout(rng):
+    x, dout, gamma, beta = draw(rng, (64, 8), 1, np.float32)
+    memory = np.zeros((65, 8), np.float32)
+    memory[1:] = dout
+    _, cache = batchnorm_forward(x, gamma, beta)
+    try:
+        gradients = batchnorm_backward(memory[1:], cache, out=memory[:-1])
+    except ValueError as refusal:
+        assert "out" in str(refusal)
+        np.testing.assert_array_equal(memory[1:], dout)
+    else:
+        check_backward(gradients, dout, x, gamma, beta, 1e-5, 1)
+
+
+@pytest.mark.parametrize("part", [np.s_[:], np.s_[::-1], np.s_[:, ::-1]])
+def test_forward_output_may_not_share_memory_with_x(rng, part):
+    x = exact.ordinary(rng, (20, 5))
+    kept = x.copy()
+    with refused(ValueError, "out", "x"):
+        batchnorm_forward(x, out=x[part])
+    np.testing.assert_array_equal(x, kept)
+
+
+def test_forward_output_beside_x_in_one_array(rng):
+    both = np.zeros((2, 20, 5), np.float32)
+    both[0] = x = exact.ordinary(rng, (20, 5))
+    y, _ = batchnorm_forward(both[0], out=both[1])
+    check_forward(y, x, None, None, 1e-5, 1)
+    np.testing.assert_array_equal(both[0], x)
+
+
+def outputs(rng):
+    """Return a call into a given output for each function that takes one."""
+    x, dout, gamma, beta = draw(rng, (20, 5), 1, np.float32)
+    mean, var = moments(x)[1:]
+    sums = gradient_sums(dout, x, mean, var)
+    _, cache = batchnorm_forward(x, gamma, beta)
+    return {
+        "batchnorm_forward": lambda out: batchnorm_forward(x, gamma, beta, out=out)[0],
+        "batchnorm_backward": lambda out: batchnorm_backward(dout, cache, out=out)[0],
+        "normalize": lambda out: normalize(x, mean, var, gamma, beta, out=out),
+        "input_gradient": lambda out: input_gradient(
+            dout, x, mean, var, gamma, 1e-5, *sums, 20, out=out
+        ),
+    }
+
+
+OUTPUT_FUNCTIONS = ["batchnorm_forward", "batchnorm_backward", "normalize", "input_gradient"]
+
+
+@pytest.mark.parametrize("name", OUTPUT_FUNCTIONS)
+def test_given_output_is_what_comes_back(rng, name):
+    call = outputs(rng)[name]
+    out = np.zeros((20, 5), np.float32)
+    assert call(out) is out
+    np.testing.assert_array_equal(out, call(None))
+
+
+@pytest.mark.parametrize("name", OUTPUT_FUNCTIONS)
+def test_unfit_outputs_are_refused(rng, name):
+    call = outputs(rng)[name]
+    read_only = LAYOUTS["read_only"](np.zeros((20, 5), np.float32))
+    with refused(ValueError, "out", "writ"):
+        call(read_only)
+    assert np.all(read_only == 0)
+    with refused(ValueError, "out", "(20, 5)", "(5, 20)"):
+        call(np.zeros((5, 20), np.float32))
+    with refused((TypeError, ValueError), "out", "float32", "float64"):
+        call(np.zeros((20, 5), np.float64))
+    with refused(TypeError, "out"):
+        call([[0.0] * 5] * 20)
+
+
+# Recycled outputs
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (64, 64), (2048, 512)])
+@pytest.mark.parametrize(
+    "hold", [lambda y: y, lambda y: y[::2, 1:], memoryview, lambda y: y.T.ravel("K")]
+)
+def test_a_held_output_is_never_written_again(rng, shape, hold):
+    x = exact.ordinary(rng, shape)
+    held = hold(batchnorm_forward(x)[0])
+    kept = np.array(held)
+    for _ in range(4):
+        y, cache = batchnorm_forward(-2 * x)
+        batchnorm_backward(y, cache)
+        del y, cache
+    np.testing.assert_array_equal(np.asarray(held), kept)
+
+
+# Refused arguments
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int32", "uint8", "bool", "complex64", "object", "float16", "longdouble"]
+)
+def test_other_dtypes_are_refused_by_name(dtype):
+    x = np.ones((4, 3), dtype)
+    name = np.dtype(dtype).name
+    good = np.ones((4, 3), np.float32)
+    statistics = np.zeros(3), np.ones(3)
+    with refused(TypeError, "x", name):
+        batchnorm_forward(x)
+    with refused(TypeError, "x", name):
+        moments(x)
+    with refused(TypeError, "x", name):
+        normalize(x, *statistics)
+    with refused(TypeError, "x", name):
+        gradient_sums(good, x, *statistics)
+    with refused(TypeError, "dout", name):
+        gradient_sums(x, good, *statistics)
+
+
+@pytest.mark.parametrize("shape", [(), (5,)])
+def test_fewer_than_two_dimensions_are_refused(shape):
+    with refused(ValueError, "x", str(shape)):
+        batchnorm_forward(np.ones(shape, np.float32))
+    with refused(ValueError, "x", str(shape)):
+        moments(np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize("axis", [2, -3, 10])
+def test_axis_out_of_range(axis):
+    with refused(ValueError, "axis", str(axis)):
+        batchnorm_forward(np.ones((4, 3), np.float32), axis=axis)
+    with refused(ValueError, "axis", str(axis)):
+        moments(np.ones((4, 3), np.float32), axis=axis)
+
+
+@pytest.mark.parametrize("axis", [1.0, "1", None])
+def test_axis_must_be_an_integer(axis):
+    with refused(TypeError, "axis"):
+        batchnorm_forward(np.ones((4, 3), np.float32), axis=axis)
+
+
+@pytest.mark.parametrize("shape", [(8,), (6,), (7, 1), (1, 7), ()])
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+def test_parameters_of_a_wrong_shape(rng, name, shape):
+    x = exact.ordinary(rng, (5, 7))
+    parameter = {name: np.ones(shape, np.float32)}
+    with refused(ValueError, name, "(7,)", str(shape)):
+        batchnorm_forward(x, **parameter)
+    with refused(ValueError, name, "(7,)", str(shape)):
+        normalize(x, np.zeros(7), np.ones(7), **parameter)
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+def test_complex_parameters_are_refused(rng, name):
+    with refused(TypeError, name, "complex128"):
+        batchnorm_forward(exact.ordinary(rng, (5, 7)), **{name: np.ones(7, complex)})
+
+
+@pytest.mark.parametrize("name", ["mean", "var"])
+def test_statistics_of_a_wrong_shape(rng, name):
+    x = exact.ordinary(rng, (5, 7))
+    statistics = {"mean": np.zeros(7), "var": np.ones(7), name: np.ones(8)}
+    with refused(ValueError, name, "(7,)", "(8,)"):
+        normalize(x, **statistics)
+    with refused(ValueError, name, "(7,)", "(8,)"):
+        gradient_sums(x, x, **statistics)
+
+
+@pytest.mark.parametrize("name", ["sum_dout", "sum_dout_xhat"])
+def test_sums_of_a_wrong_shape(rng, name):
+    x = exact.ordinary(rng, (5, 7))
+    sums = {"sum_dout": np.zeros(7), "sum_dout_xhat": np.ones(7), name: np.ones(8)}
+    with refused(ValueError, name, "(7,)", "(8,)"):
+        input_gradient(x, x, np.zeros(7), np.ones(7), None, 1e-5, count=5, **sums)
+
+
+@pytest.mark.parametrize("eps", [-1e-5, float("nan")])
+def test_negative_or_nan_eps(rng, eps):
+    x = exact.ordinary(rng, (5, 7))
+    statistics = np.zeros(7), np.ones(7)
+    with refused(ValueError, "eps", str(eps)):
+        batchnorm_forward(x, eps=eps)
+    with refused(ValueError, "eps", str(eps)):
+        normalize(x, *statistics, eps=eps)
+    with refused(ValueError, "eps", str(eps)):
+        gradient_sums(x, x, *statistics, eps=eps)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (1, 7, 1, 1)])
+def test_one_value_per_feature(rng, shape):
+    x = rng.standard_normal(shape)
+    with refused(ValueError, "x", str(shape)):
+        batchnorm_forward(x)
+
+
+def test_dout_must_be_like_x(rng):
+    x, dout, _, _ = draw(rng, (5, 7), 1, np.float32)
+    _, cache = batchnorm_forward(x)
+    statistics = moments(x)[1:]
+    for dx_of in (
+        lambda dout: batchnorm_backward(dout, cache),
+        lambda dout: gradient_sums(dout, x, *statistics),
+        lambda dout: input_gradient(dout, x, *statistics, None, 1e-5, np.zeros(7), np.zeros(7), 5),
+    ):
+        with refused(ValueError, "dout", "(5, 7)", "(7, 5)"):
+            dx_of(dout.T)
+        with refused((TypeError, ValueError), "dout", "float32", "float64"):
+            dx_of(dout.astype(np.float64))
+
+
+def test_a_refused_call_leaves_the_output_alone(rng):
+    x = exact.ordinary(rng, (5, 7))
+    out = np.full((5, 7), 42, np.float32)
+    with pytest.raises(ValueError, match="gamma"):
+        batchnorm_forward(x, np.ones(8), out=out)
+    with pytest.raises(ValueError, match="eps"):
+        batchnorm_forward(x, eps=-1.0, out=out)
+    _, cache = batchnorm_forward(x)
+    with pytest.raises(ValueError, match="dout"):
+        batchnorm_backward(x.T, cache, out=out)
+    assert np.all(out == 42)
+
+
+# Empty batches
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 7, 7), (4, 5, 0), (4, 5, 0, 3)])
+def test_empty_batch(shape, dtype):
+    x = np.empty(shape, dtype)
+    y, cache = batchnorm_forward(x, np.ones(5, dtype), np.zeros(5, dtype))
+    dx, dgamma, dbeta = batchnorm_backward(x, cache)
+    for array in (y, dx):
+        assert (array.shape, array.dtype) == (shape, dtype)
+    np.testing.assert_array_equal(dgamma, np.zeros(5))
+    np.testing.assert_array_equal(dbeta, np.zeros(5))
+
+
+def test_no_features():
+    x = np.empty((4, 0), np.float32)
+    y, cache = batchnorm_forward(x, np.ones(0), np.zeros(0))
+    dx, dgamma, dbeta = batchnorm_backward(x, cache)
+    assert y.shape == dx.shape == (4, 0)
+    assert dgamma.shape == dbeta.shape == (0,)
+
+
+def test_pieces_of_an_empty_batch():
+    x = np.empty((0, 5), np.float32)
+    count, mean, var = moments(x)
+    assert (count, mean.shape, var.shape) == (0, (5,), (5,))
+    assert normalize(x, np.zeros(5), np.ones(5)).shape == (0, 5)
+    sums = gradient_sums(x, x, np.zeros(5), np.ones(5))
+    np.testing.assert_array_equal(sums, np.zeros((2, 5)))
+
+
+# The cache
+
+
+def test_cache_holds_x_itself_and_little_else(rng):
+    x = rng.standard_normal((32768, 64), np.float32)
+    _, cache = batchnorm_forward(x, np.ones(64), np.zeros(64))
+    arrays = list(arrays_within(cache))
+    assert any(np.shares_memory(array, x) for array in arrays)
+    others = sum(array.nbytes for array in arrays if not np.shares_memory(array, x))
+    assert others <= 64 * 8 * 16
+
+
+def test_cache_keeps_neither_y_nor_x_alive_after_itself(rng):
+    x = rng.standard_normal((64, 8), np.float32)
+    y, cache = batchnorm_forward(x)
+    x_alive, y_alive = weakref.ref(x), weakref.ref(y)
+    del y
+    assert y_alive() is None
+    del x
+    assert x_alive() is not None
+    del cache
+    assert x_alive() is None
+
+
+def test_no_temporary_of_the_size_of_x(rng):
+    x = rng.standard_normal((32768, 64), np.float32)
+    out = np.empty_like(x)
+    batchnorm_backward(x, batchnorm_forward(x, out=out)[1], out=out)
+    tracemalloc.start()
+    try:
+        _, cache = batchnorm_forward(x, out=out)
+        batchnorm_backward(out, cache, out=out)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < x.nbytes / 8
+
+
+def test_parameters_may_change_between_forward_and_backward(rng):
+    x, dout, gamma, beta = draw(rng, (33, 7), 1, np.float32)
+    kept = gamma.copy()
+    _, cache = batchnorm_forward(x, gamma, beta)
+    gamma[:] = 100
+    beta[:] = 100
+    check_backward(batchnorm_backward(dout, cache), dout, x, kept, beta, 1e-5, 1)
+
+
+def test_backward_twice_and_of_two_interleaved_batches(rng):
+    first = draw(rng, (33, 7), 1, np.float32)
+    second = draw(rng, (20, 7), 1, np.float32)
+    caches = [batchnorm_forward(x, gamma, beta)[1] for x, _, gamma, beta in (first, second)]
+    for (x, dout, gamma, beta), cache in (
+        (first, caches[0]),
+        (second, caches[1]),
+        (first, caches[0]),
+    ):
+        check_backward(batchnorm_backward(dout, cache), dout, x, gamma, beta, 1e-5, 1)
+
+
+def test_inputs_are_left_alone(rng):
+    arrays = draw(rng, (33, 7), 1, np.float32)
+    kept = [array.copy() for array in arrays]
+    x, dout, gamma, beta = arrays
+    batchnorm_backward(dout, batchnorm_forward(x, gamma, beta)[1])
+    for array, before in zip(arrays, kept, strict=True):
+        np.testing.assert_array_equal(array, before)
+
+
+# The pieces
+
+PIECE_CASES = [*LAYOUT_CASES, ((257, 130), 1), ((3, 7, 56, 56), 1), ((2, 1), 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", PIECE_CASES, ids=case_id)
+def test_moments(rng, case, dtype):
+    shape, axis = case
+    x = exact.ordinary(rng, shape, axis, dtype)
+    result = moments(x, axis=axis)
+    assert isinstance(result, tuple)
+    assert result._fields == ("count", "mean", "var")
+    count, mean, var = exact.statistics(x, axis)
+    assert result.count == count
+    assert (result.mean.dtype, result.var.dtype) == (np.float64, np.float64)
+    mean_tolerance, var_tolerance = (2e-7, 3e-7) if dtype == np.float32 else (1e-14, 1e-14)
+    assert np.all(np.abs(result.mean - mean) <= mean_tolerance * np.sqrt(var))
+    assert np.all(np.abs(result.var - var) <= var_tolerance * var)
+
+
+def test_moments_of_one_value(rng):
+    x = rng.standard_normal((1, 5))
+    count, mean, var = moments(x)
+    assert count == 1
+    np.testing.assert_array_equal(mean, x[0])
+    np.testing.assert_array_equal(var, np.zeros(5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("split", [1, 10, 256])
+def test_moments_of_parts_merge_to_those_of_the_whole(rng, split, dtype):
+    x = exact.ordinary(rng, (257, 37), dtype=dtype)
+    na, mean_a, var_a = moments(x[:split])
+    nb, mean_b, var_b = moments(x[split:])
+    n, d = na + nb, mean_b - mean_a
+    mean = mean_a + d * nb / n
+    var = (var_a * na + var_b * nb + d * d * na * nb / n) / n
+    count, exact_mean, exact_var = exact.statistics(x)
+    assert n == count
+    assert error(mean, exact_mean) <= TOLERANCE[x.dtype]
+    assert error(var, exact_var) <= TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("scale", "shift"), COMBINATIONS)
+@pytest.mark.parametrize("case", PIECE_CASES, ids=case_id)
+def test_normalize_with_given_statistics(rng, case, scale, shift, dtype):
+    shape, axis = case
+    x, _, gamma, beta = draw(rng, shape, axis, dtype, scale, shift)
+    mean, var = rng.standard_normal(shape[axis]), rng.uniform(0.1, 3, shape[axis])
+    y = normalize(x, mean, var, gamma, beta, 1e-3, axis=axis)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    expected = exact.normalize(x, mean, var, gamma, beta, 1e-3, axis)
+    # Before beta is added: the sum may come close to zero.
+    scale = exact.norm(exact.normalize(x, mean, var, gamma, None, 1e-3, axis))
+    assert error(y, expected, scale) <= TOLERANCE[x.dtype]
+
+
+def test_normalize_far_from_zero(rng):
+    x = (1e6 + rng.standard_normal((1000, 5))).astype(np.float32)
+    _, mean, var = exact.statistics(x)
+    y = normalize(x, mean.astype(np.float64), var.astype(np.float64))
+    assert error(y, exact.forward(x)) <= 5e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", PIECE_CASES, ids=case_id)
+def test_gradient_sums(rng, case, dtype):
+    shape, axis = case
+    x, dout, _, _ = draw(rng, shape, axis, dtype)
+    _, mean, var = moments(x, axis=axis)
+    sums = gradient_sums(dout, x, mean, var, 1e-3, axis=axis)
+    expected = exact.gradient_sums(dout, x, mean, var, 1e-3, axis)
+    scales = exact.sum_scales(dout, x, mean, var, 1e-3, axis)
+    for actual, wanted, scale in zip(sums, expected, scales, strict=True):
+        assert error(actual, wanted, scale) <= TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("layout", ["c", "fortran", "channels_last", "strided"])
+@pytest.mark.parametrize("case", PIECE_CASES, ids=case_id)
+def test_pieces_compose_to_forward_and_backward(rng, case, layout, scale, dtype):
+    shape, axis = case
+    x, dout, gamma, beta = draw(rng, shape, axis, dtype, scale)
+    x, dout = LAYOUTS[layout](x), LAYOUTS[layout](dout)
+    count, mean, var = moments(x, axis=axis)
+    check_forward(normalize(x, mean, var, gamma, beta, axis=axis), x, gamma, beta, 1e-5, axis)
+    sum_dout, sum_dout_xhat = gradient_sums(dout, x, mean, var, axis=axis)
+    dx = input_gradient(dout, x, mean, var, gamma, 1e-5, sum_dout, sum_dout_xhat, count, axis=axis)
+    dgamma = sum_dout_xhat if scale else None
+    check_backward((dx, dgamma, sum_dout), dout, x, gamma, beta, 1e-5, axis)
+
+
+def test_gradient_of_a_batch_in_two_parts(rng):
+    x, dout, gamma, beta = draw(rng, (100, 16), 1, np.float64)
+    mean, var = moments(x)[1:]
+    parts = [(dout[:30], x[:30]), (dout[30:], x[30:])]
+    sums = np.sum([gradient_sums(*part, mean, var) for part in parts], axis=0)
+    dx = [input_gradient(*part, mean, var, gamma, 1e-5, *sums, 100) for part in parts]
+    gradients = np.concatenate(dx), sums[1], sums[0]
+    check_backward(gradients, dout, x, gamma, beta, 1e-5, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_input_gradient_of_frozen_statistics(rng, dtype):
+    x, dout, gamma, _ = draw(rng, (33, 7), 1, dtype)
+    mean, var, zero = np.zeros(7), rng.uniform(0.5, 2, 7), np.zeros(7)
+    dx = input_gradient(dout, x, mean, var, gamma, 1e-5, zero, zero, 33)
+    assert error(dx, exact.frozen_gradient(dout, x, var, gamma)) <= TOLERANCE[x.dtype]
+
+
+# What np.asarray takes
+
+
+class Wrapped:
+    """An object that is an array to np.asarray alone."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        assert not copy
+        return self.array
+
+
+@pytest.mark.parametrize("wrap", [Wrapped, memoryview], ids=["__array__", "buffer"])
+def test_objects_that_are_arrays(rng, wrap):
+    x, dout, gamma, beta = draw(rng, (33, 7), 1, np.float32)
+    y, cache = batchnorm_forward(wrap(x), wrap(gamma), wrap(beta))
+    check_forward(y, x, gamma, beta, 1e-5, 1)
+    assert any(np.shares_memory(array, x) for array in arrays_within(cache))
+    gradients = batchnorm_backward(wrap(dout), cache)
+    check_backward(gradients, dout, x, gamma, beta, 1e-5, 1)
+
+
+def test_read_only_memory_map(rng, tmp_path):
+    x, dout, gamma, beta = draw(rng, (33, 7), 1, np.float32)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "dout.npy", dout)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    mapped_dout = np.load(tmp_path / "dout.npy", mmap_mode="r")
+    y, cache = batchnorm_forward(mapped, gamma, beta)
+    assert type(y) is np.ndarray
+    check_forward(y, x, gamma, beta, 1e-5, 1)
+    check_backward(batchnorm_backward(mapped_dout, cache), dout, x, gamma, beta, 1e-5, 1)
+
+
+def test_public_names_have_docstrings():
+    for name in bn_cy.__all__:
+        assert name == "__version__" or getattr(bn_cy, name).__doc__

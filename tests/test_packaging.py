@@ -1,0 +1,73 @@
+"""What was installed: version, configuration, typing, docstrings, and what an import brings in."""
+
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bn_cy
+
+VARIANTS = {"v2", "v3", "v4", "plain"}
+
+
+def run_python(code, folder):
+    """Run code in a fresh interpreter, in a folder without a bn_cy; return the words it prints."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_version_is_that_of_the_distribution():
+    assert bn_cy.__version__ == importlib.metadata.version("bn_cy")
+
+
+def test_wheel_ships_the_typing_marker_and_declarations():
+    shipped = {path.name for path in Path(bn_cy.__file__).parent.iterdir()}
+    assert {"py.typed", "__init__.pxd"} <= shipped
+
+
+@pytest.mark.parametrize("name", sorted(set(bn_cy.__all__) - {"__version__"}))
+def test_public_name_is_documented(name):
+    assert inspect.getdoc(getattr(bn_cy, name))
+
+
+def test_configuration_has_every_fact():
+    config = bn_cy.show_config(mode="dicts")
+    assert config["variant"] in VARIANTS
+    assert isinstance(config["openmp"], bool)
+    assert config["threads"] == bn_cy.get_num_threads()
+    assert config["flags"]
+
+
+def test_configuration_is_printed(capsys):
+    config = bn_cy.show_config(mode="dicts")
+    assert bn_cy.show_config() is None
+    printed = capsys.readouterr().out
+    for fact in (config["variant"], str(config["threads"]), config["flags"]):
+        assert fact in printed
+
+
+def test_flags_leave_floating_point_alone():
+    flags = bn_cy.show_config(mode="dicts")["flags"].split()
+    assert "-ffast-math" not in flags
+    assert "-ffp-contract=off" in flags or "/fp:precise" in flags
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_configuration_says_truly_whether_openmp_is_in(tmp_path):
+    code = "import bn_cy; print(*open('/proc/self/maps').read().split())"
+    loaded = run_python(code, tmp_path)
+    runtime = any("libgomp" in word or "libomp" in word for word in loaded)
+    assert bn_cy.show_config(mode="dicts")["openmp"] == runtime
+
+
+def test_import_is_light(tmp_path):
+    code = "import sys, bn_cy; print(*sys.modules)"
+    loaded = {name.partition(".")[0] for name in run_python(code, tmp_path)}
+    heavy = {"jax", "matplotlib", "mpi4py", "scipy", "sklearn", "torch", "tqdm", "Cython"}
+    assert not loaded & heavy

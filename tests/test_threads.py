@@ -1,0 +1,301 @@
+"""Threads, instruction sets and processes: the same bits, the GIL, forks, limits."""
+
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import exact
+import numpy as np
+import pytest
+
+from bn_cy import (
+    BatchNorm,
+    batchnorm_backward,
+    batchnorm_forward,
+    get_num_threads,
+    set_num_threads,
+)
+
+FLAGS = {
+    "v2": {"sse4_2", "ssse3", "popcnt"},
+    "v3": {"avx2", "fma", "bmi2", "f16c"},
+    "v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+}
+
+
+def offered_variants():
+    """Return the instruction-set variants that this processor can run."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not cpuinfo.exists():
+        return []
+    lines = cpuinfo.read_text().splitlines()
+    flags = set(next(line for line in lines if line.startswith("flags")).split())
+    return [variant for variant, needed in FLAGS.items() if needed <= flags]
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Return a function that runs Python code, or a file, in a process of its own."""
+
+    def run(*arguments, **environment):
+        inherited = {
+            k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "BN_CY_ISA")
+        }
+        return subprocess.run(
+            [sys.executable, "-W", "error", *map(str, arguments)],
+            env={**inherited, **environment},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture
+def threads():
+    """Leave the number of threads to OpenMP after the test."""
+    yield
+    set_num_threads(None)
+
+
+# The same bits
+
+
+def test_same_bits_for_every_variant_and_number_of_threads(rng, python):
+    variants = offered_variants() or [None]
+    seed = int(rng.integers(2**32))
+    found = {}
+    for variant in variants:
+        environment = {"BN_CY_ISA": variant} if variant else {}
+        script = Path(__file__).with_name("digests.py")
+        result = python(script, seed, 1, 2, 3, 7, 16, 1, **environment)
+        assert result.returncode == 0, result.stderr
+        for line in result.stdout.splitlines():
+            threads, case, *digests = line.split("\t")
+            found.setdefault(case, {}).setdefault(tuple(digests), []).append((variant, threads))
+    assert found
+    differing = {case: by_digest for case, by_digest in found.items() if len(by_digest) > 1}
+    assert not differing, f"seed {seed}"
+
+
+@pytest.mark.parametrize("variant", offered_variants())
+def test_a_variant_can_be_forced(python, variant):
+    result = python("-c", "import bn_cy; print(bn_cy.show_config())", BN_CY_ISA=variant)
+    assert result.returncode == 0, result.stderr
+    assert variant in result.stdout
+
+
+@pytest.mark.parametrize("word", ["v5", "avx2", "V3", "native"])
+def test_an_unknown_variant_is_an_error(python, word):
+    result = python("-c", "import bn_cy", BN_CY_ISA=word)
+    assert result.returncode != 0
+    for expected in ("BN_CY_ISA", word, *offered_variants()):
+        assert expected in result.stderr
+
+
+def test_numbers_are_right_for_any_number_of_threads(rng, threads):
+    x = exact.ordinary(rng, (5000, 3))
+    dout = rng.standard_normal(x.shape).astype(np.float32)
+    for count in (1, 2, 5):
+        set_num_threads(count)
+        y, cache = batchnorm_forward(x)
+        dx, _, _ = batchnorm_backward(dout, cache)
+        assert exact.error(y, exact.forward(x)) <= 5e-7
+        assert exact.error(dx, exact.backward(dout, x)[0]) <= 5e-7
+
+
+# The number of threads
+
+
+def test_number_of_threads_is_what_was_set(threads):
+    default = get_num_threads()
+    for count in (1, 3, 2):
+        set_num_threads(count)
+        assert get_num_threads() == count
+    set_num_threads(None)
+    assert get_num_threads() == default
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_number_of_threads_below_one(threads, count):
+    before = get_num_threads()
+    with pytest.raises(ValueError, match=str(count)):
+        set_num_threads(count)
+    assert get_num_threads() == before
+
+
+@pytest.mark.parametrize("count", [1.5, "2"])
+def test_a_number_of_threads_that_is_no_integer(threads, count):
+    before = get_num_threads()
+    with pytest.raises(TypeError):
+        set_num_threads(count)
+    assert get_num_threads() == before
+
+
+@pytest.mark.parametrize("count", ["1", "2", "5"])
+def test_environment_sets_the_number_of_threads(python, count):
+    code = "import bn_cy; print(bn_cy.get_num_threads())"
+    result = python("-c", code, OMP_NUM_THREADS=count)
+    assert result.stdout.split() == [count], result.stderr
+
+
+def test_threadpoolctl_limits_the_number_of_threads(python):
+    pytest.importorskip("threadpoolctl")
+    code = """
+import bn_cy, threadpoolctl
+counts = [bn_cy.get_num_threads()]
+with threadpoolctl.threadpool_limits(1):
+    counts.append(bn_cy.get_num_threads())
+counts.append(bn_cy.get_num_threads())
+print(*counts)
+"""
+    result = python("-c", code, OMP_NUM_THREADS="3")
+    assert result.stdout.split() == ["3", "1", "3"], result.stderr
+
+
+# Python threads
+
+
+class Counter(threading.Thread):
+    """A thread that counts, giving the interpreter away after every count."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.count = 0
+        self.stopped = False
+
+    def run(self):
+        while not self.stopped:
+            self.count += 1
+            time.sleep(0)
+
+
+@pytest.fixture
+def counter():
+    """Return a running Counter, which counts only while others give the interpreter away."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    thread = Counter()
+    thread.start()
+    yield thread
+    thread.stopped = True
+    sys.setswitchinterval(interval)
+    thread.join()
+
+
+def counts_during(counter, function, attempts=50):
+    """Return whether the counter advances within one of the calls of the function."""
+    for _ in range(attempts):
+        before = counter.count
+        function()
+        if counter.count > before:
+            return True
+    return False
+
+
+def test_counter_stands_still_while_the_interpreter_is_held(counter):
+    assert not counts_during(counter, lambda: sum(range(100_000)))
+
+
+@pytest.mark.parametrize("shape", [(200_000, 16), (8, 16, 160, 160), (32_000, 16, 7)])
+def test_kernels_release_the_interpreter(rng, counter, shape):
+    x = rng.standard_normal(shape, np.float32)
+    out = np.empty_like(x)
+    y, cache = batchnorm_forward(x)
+    layer = BatchNorm(16).eval()
+    assert counts_during(counter, lambda: batchnorm_forward(x, out=out))
+    assert counts_during(counter, lambda: batchnorm_backward(y, cache, out=out))
+    assert counts_during(counter, lambda: layer.forward(x, out=out))
+
+
+def training_step(x, dout):
+    """Return all that a training step of a new layer computes."""
+    layer = BatchNorm(x.shape[1])
+    y, dx = layer(x), layer.backward(dout)
+    return y, dx, layer.dgamma, layer.dbeta, layer.running_mean, layer.running_var
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (3000, 65), (4, 8, 40, 40)])
+def test_eight_threads_at_once(rng, shape):
+    x = [exact.ordinary(rng, shape) for _ in range(8)]
+    dout = [rng.standard_normal(shape, np.float32) for _ in range(8)]
+    alone = [training_step(*batch) for batch in zip(x, dout, strict=True)]
+    start = threading.Barrier(8)
+
+    def work(i):
+        start.wait(60)
+        for _ in range(20):
+            for actual, expected in zip(training_step(x[i], dout[i]), alone[i], strict=True):
+                np.testing.assert_array_equal(actual, expected)
+
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(work, i) for i in range(8)]:
+            future.result(timeout=120)
+
+
+# Forks
+
+FORK = """
+import os, sys, warnings
+import numpy as np
+import bn_cy
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork of a process with threads
+bn_cy.set_num_threads(2)
+x = np.random.default_rng({seed}).standard_normal((20000, 64)).astype(np.float32)
+
+
+def step():
+    y, cache = bn_cy.batchnorm_forward(x, np.ones(64), np.zeros(64))
+    dx, dgamma, dbeta = bn_cy.batchnorm_backward(x, cache)
+    return np.concatenate([y.ravel(), dx.ravel(), dgamma, dbeta])
+
+
+expected = step()
+child = os.fork()
+if child == 0:
+    same = np.array_equal(step(), expected)
+    grandchild = os.fork()
+    if grandchild == 0:
+        os._exit(0 if np.array_equal(step(), expected) else 1)
+    _, status = os.waitpid(grandchild, 0)
+    os._exit(0 if same and status == 0 else 1)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+assert np.array_equal(step(), expected)
+print("done")
+"""
+
+POOL = """
+import multiprocessing, warnings
+import numpy as np
+import bn_cy
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork of a process with threads
+bn_cy.set_num_threads(2)
+x = np.random.default_rng({seed}).standard_normal((20000, 64)).astype(np.float32)
+
+
+def step(_):
+    return float(np.abs(bn_cy.batchnorm_forward(x)[0]).sum())
+
+
+expected = step(0)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map(step, range(4)) == [expected] * 4
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.parametrize("code", [FORK, POOL], ids=["fork", "pool"])
+def test_a_forked_child_computes(rng, python, code):
+    result = python("-c", code.format(seed=int(rng.integers(2**32))))
+    assert result.stdout.split() == ["done"], result.stderr
