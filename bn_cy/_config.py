@@ -36,7 +36,7 @@ def show_config(mode="stdout"):
         "supported": _dispatch.SUPPORTED,
         "openmp": _cpu.OPENMP,
         "threads": _threads.get_num_threads(),
-        "flags": _dispatch.FLAGS,
+        "flags": _dispatch.kernels.FLAGS,
     }
     if mode == "dicts":
         return config

@@ -6,18 +6,8 @@ on other processors there is one plain variant. The environment variable BN_CY_I
 
 import importlib
 import os
-from typing import NamedTuple
-
-import numpy as np
 
 from bn_cy import _cpu
-
-
-class Kernels(NamedTuple):
-    """The compiled functions for one dtype."""
-
-    forward: object
-    backward: object
 
 
 def choose_variant(forced, supported):
@@ -42,18 +32,8 @@ def choose_variant(forced, supported):
     return forced or supported[0]
 
 
-def load(variant):
-    """Return {dtype: Kernels} of a variant and its module. One that is missing or broken is an error."""
-    module = importlib.import_module(f"bn_cy._kernels_{variant}")
-    kernels = {
-        np.dtype(name): Kernels(module.forward[c_type], module.backward[c_type])
-        for name, c_type in (("float32", "float"), ("float64", "double"))
-    }
-    return kernels, module
-
-
 SUPPORTED = _cpu.supported_levels() or ["plain"]
 VARIANT = choose_variant(os.environ.get("BN_CY_ISA", ""), SUPPORTED)
-KERNELS, _module = load(VARIANT)
-update_running = _module.update_running
-FLAGS = _module.FLAGS
+
+# A variant that the build left out, or that is broken, is an error and not a reason to take another.
+kernels = importlib.import_module(f"bn_cy._kernels_{VARIANT}")

@@ -14,7 +14,7 @@
 #
 # So the four leaf loops know nothing but columns, and the columns of a feature are folded at the end.
 
-cimport cython
+from cpython.buffer cimport PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
 from cython cimport floating
 from cython.parallel cimport prange
 from libc.math cimport isfinite, sqrt
@@ -925,8 +925,15 @@ cdef void backward_split(
             input_gradient_task(dx, all_sums, rows, dout, x, count, g, w, i)
 
 
+cdef inline void store_gradient(floating *gradient, const double *sums, Py_ssize_t features) noexcept nogil:
+    cdef Py_ssize_t f
+    if gradient != NULL:
+        for f in range(features):
+            gradient[f] = <floating>sums[f]
+
+
 cdef int backward_pass(
-    floating *dx, double *all_sums, double *rows, const floating *dout, const floating *x, double count,
+    floating *dx, floating *dgamma, floating *dbeta, double *all_sums, double *rows, const floating *dout, const floating *x, double count,
     const Grid *g, const Work *w,
 ) noexcept nogil:
     cdef Py_ssize_t i
@@ -940,62 +947,115 @@ cdef int backward_pass(
     else:
         for i in prange(w.blocks, num_threads=w.threads, schedule="static", use_threads_if=w.threads > 1):
             backward_block(dx, all_sums, rows, dout, x, count, g, w, i)
+    store_gradient(dbeta, all_sums, g.features)
+    store_gradient(dgamma, all_sums + g.features, g.features)
     return 0
 
 
 # ---------------------------------------------------------------------------------------------------
-# What Python calls. Arrays are (outer, features, inner); the caller has checked and allocated.
+# What Python calls. The caller has checked and allocated: arrays of the batch's size fill their memory in
+# one layout, which is (outer, features, inner) to the kernels; the others are contiguous. Their memory is
+# taken as raw buffers: typed memoryviews of the arguments, and the reshaped arrays that they would need,
+# take longer than the arithmetic of a small batch.
+
+cdef struct Memory:  # the arrays of one call
+    Py_buffer views[7]
+    int held
+
+
+cdef inline void *hold(Memory *memory, array) except? NULL:
+    """The first byte of an array, until `release`; NULL for None."""
+    if array is None:
+        return NULL
+    PyObject_GetBuffer(array, &memory.views[memory.held], PyBUF_STRIDES)
+    memory.held += 1
+    return memory.views[memory.held - 1].buf
+
+
+cdef inline void release(Memory *memory) noexcept:
+    while memory.held:
+        memory.held -= 1
+        PyBuffer_Release(&memory.views[memory.held])
+
 
 def forward(
-    floating[:, :, ::1] y, double[:, ::1] statistics, const floating[:, :, ::1] x,
-    const floating[::1] gamma, const floating[::1] beta, double eps,
-    bint measure, bint streaming, int threads,
+    y, statistics, x, gamma, beta, Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, bint single,
+    double eps, bint measure, bint streaming, int threads,
 ):
-    """Moments of x (or, without `measure`, those that statistics already holds), then y unless None."""
-    cdef Grid g = plan(x.shape[0], x.shape[1], x.shape[2])
+    """Moments of x (without `measure`: those that statistics holds), then y unless it is None."""
+    cdef Grid g = plan(outer, features, inner)
     cdef Work w = share(&g, measure, y is not None, streaming, threads)
+    cdef Memory memory
+    cdef void *to
+    cdef void *data
+    cdef void *scale
+    cdef void *shift
+    cdef double *rows
     cdef int status
-    with nogil:
-        status = forward_pass(
-            &y[0, 0, 0] if w.write else NULL, &statistics[0, 0], &x[0, 0, 0],
-            &gamma[0] if gamma is not None else NULL, &beta[0] if beta is not None else NULL,
-            eps, &g, &w)
+    memory.held = 0
+    try:
+        to, rows, data = hold(&memory, y), <double *>hold(&memory, statistics), hold(&memory, x)
+        scale, shift = hold(&memory, gamma), hold(&memory, beta)
+        with nogil:
+            if single:
+                status = forward_pass(
+                    <float *>to, rows, <float *>data, <float *>scale, <float *>shift, eps, &g, &w)
+            else:
+                status = forward_pass(
+                    <double *>to, rows, <double *>data, <double *>scale, <double *>shift, eps, &g, &w)
+    finally:
+        release(&memory)
     if status:
         raise MemoryError
 
 
 def backward(
-    floating[:, :, ::1] dx, double[:, ::1] sums, floating[:, ::1] grads,
-    double[:, ::1] statistics, const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
+    dx, dgamma, dbeta, sums, statistics, dout, x,
+    Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, bint single,
     double count, bint measure, bint streaming, int threads,
 ):
-    """The sums dbeta, dgamma (or, without `measure`, those given), grads and dx unless None.
+    """The sums of dout and of dout*xhat (without `measure`: those given), then dx, dgamma and dbeta unless None.
 
     Frozen statistics do not depend on x: they are those of infinitely many values, count = inf.
     """
-    cdef Grid g = plan(x.shape[0], x.shape[1], x.shape[2])
+    cdef Grid g = plan(outer, features, inner)
     cdef Work w = share(&g, measure, dx is not None, streaming, threads)
-    cdef Py_ssize_t f
+    cdef Memory memory
+    cdef void *to
+    cdef void *data
+    cdef void *upstream
+    cdef void *scale
+    cdef void *shift
+    cdef double *both
+    cdef double *rows
     cdef int status
-    with nogil:
-        status = backward_pass(
-            &dx[0, 0, 0] if w.write else NULL, &sums[0, 0], &statistics[0, 0],
-            &dout[0, 0, 0], &x[0, 0, 0], count, &g, &w)
-        if grads is not None:
-            for f in range(g.features):
-                grads[0, f] = <floating>sums[0, f]
-                grads[1, f] = <floating>sums[1, f]
+    memory.held = 0
+    try:
+        to, scale, shift = hold(&memory, dx), hold(&memory, dgamma), hold(&memory, dbeta)
+        both, rows = <double *>hold(&memory, sums), <double *>hold(&memory, statistics)
+        upstream, data = hold(&memory, dout), hold(&memory, x)
+        with nogil:
+            if single:
+                status = backward_pass(
+                    <float *>to, <float *>scale, <float *>shift, both, rows,
+                    <float *>upstream, <float *>data, count, &g, &w)
+            else:
+                status = backward_pass(
+                    <double *>to, <double *>scale, <double *>shift, both, rows,
+                    <double *>upstream, <double *>data, count, &g, &w)
+    finally:
+        release(&memory)
     if status:
         raise MemoryError
 
 
 def update_running(
-    double[::1] running_mean, double[::1] running_var, const double[:, ::1] statistics,
+    double[::1] running_mean, double[::1] running_var, const double[::1] statistics,
     double momentum, double correction,
 ):
     """running += momentum*(batch - running), the batch's variance times the correction n/(n - 1) or 1."""
-    cdef Py_ssize_t f
+    cdef Py_ssize_t f, features = running_mean.shape[0]
     with nogil:
-        for f in range(running_mean.shape[0]):
-            running_mean[f] += momentum * (statistics[MEAN, f] - running_mean[f])
-            running_var[f] += momentum * (correction * statistics[VAR, f] - running_var[f])
+        for f in range(features):
+            running_mean[f] += momentum * (statistics[MEAN * features + f] - running_mean[f])
+            running_var[f] += momentum * (correction * statistics[VAR * features + f] - running_var[f])

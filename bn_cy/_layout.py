@@ -12,84 +12,89 @@ import numpy as np
 
 from bn_cy import _buffers
 
+NATIVE = {4: np.dtype(np.float32), 8: np.dtype(np.float64)}
 RECYCLED = 1 << 18  # bytes from which an output comes from the pool; below, malloc is faster
 
 
 class Layout:
-    """How arrays of one shape, memory order and dtype are seen by the kernels.
+    """How the kernels see the arrays of one shape, memory order and dtype.
 
     Attributes
     ----------
-    shape : tuple of int
-        The user's shape.
-    strides : tuple of int or None
-        The user's strides, in bytes; None if the array has to be copied into C order.
-    view_shape : tuple of int
-        (outer, features, inner).
-    features, count, size : int
-        Features, values of a feature, values altogether.
+    shape, strides : tuple of int
+        The user's.
+    dtype : dtype
+        float32 or float64.
+    grid : tuple
+        What the kernels are told: outer, features, inner, and whether the dtype is float32.
+    features, count, size, nbytes : int
+        Features, values of a feature, values and bytes altogether.
     """
 
-    __slots__ = ("_order", "_restore", "_stored", "count", "dtype", "features", "nbytes", "shape", "size", "strides",
-                 "view_shape")
+    __slots__ = ("_restore", "_stored", "count", "dtype", "features", "grid", "nbytes", "shape", "size", "strides")
 
     def __init__(self, shape, strides, dtype, axis):
         order = sorted(range(len(shape)), key=lambda i: -strides[i])
         stored = tuple(shape[i] for i in order)
-        self.shape = shape
-        self.dtype = dtype
-        self.features = shape[axis]
-        self.size = math.prod(shape)
-        self.count = math.prod(shape[:axis] + shape[axis + 1:])
-        self.nbytes = self.size * dtype.itemsize
-        self.strides = strides if fills_memory(stored, [strides[i] for i in order], dtype.itemsize) else None
         at = order.index(axis)
-        self.view_shape = math.prod(stored[:at]), shape[axis], math.prod(stored[at + 1:])
-        in_order = order == sorted(order)
+        self.shape, self.strides, self.dtype = shape, strides, dtype
+        self.grid = math.prod(stored[:at]), shape[axis], math.prod(stored[at + 1 :]), dtype.itemsize == 4
+        self.features = shape[axis]
+        self.count = math.prod(shape[:axis] + shape[axis + 1 :])
+        self.size = math.prod(shape)
+        self.nbytes = self.size * dtype.itemsize
         self._stored = stored
-        self._order = None if in_order else order
-        self._restore = None if in_order else [order.index(i) for i in range(len(order))]
-
-    def view(self, array):
-        """Return the (outer, features, inner) view of an array that has this layout."""
-        if self._order is not None:
-            array = array.transpose(self._order)
-        return array.reshape(self.view_shape)
+        self._restore = [order.index(i) for i in range(len(order))] if order != sorted(order) else None
 
     def empty(self):
-        """Return a new array of this layout, not filled, and its view."""
+        """Return a new array of this layout, not filled."""
         if self.nbytes < RECYCLED:
-            view = np.empty(self.view_shape, self.dtype)
+            array = np.empty(self._stored, self.dtype)
         else:
-            view = np.ndarray(self.view_shape, self.dtype, _buffers.Buffer(self.nbytes))
-        array = view.reshape(self._stored)
-        return (array if self._restore is None else array.transpose(self._restore)), view
+            array = np.ndarray(self._stored, self.dtype, _buffers.Buffer(self.nbytes))
+        return array if self._restore is None else array.transpose(self._restore)
+
+    def has(self, array):
+        """Tell whether the kernels can take an array of this shape and dtype as it is."""
+        return (
+            array.strides == self.strides and array.dtype is self.dtype and array.flags.aligned
+        )
 
     def compact(self, array):
-        """Return the array itself if it has this layout, or a copy that has."""
-        if array.strides == self.strides and array.dtype is self.dtype and array.flags.aligned:
+        """Return the array itself if the kernels can take it, or a copy."""
+        if self.has(array):
             return array
-        copy, _ = self.empty()
+        copy = self.empty()
         copy[...] = array
         return copy
 
 
+def native_floats(name, dtype):
+    """Return float32 or float64 in the processor's byte order; refuse every other dtype."""
+    if dtype.kind != "f" or dtype.itemsize not in NATIVE:
+        raise TypeError(f"{name} must be of float32 or float64, got {dtype}")
+    return NATIVE[dtype.itemsize]
+
+
 def fills_memory(shape, strides, itemsize):
-    """Tell whether axes, from the slowest to the fastest, follow each other without a gap."""
+    """Tell whether the values fill one stretch of memory, in the order of some permutation of the axes."""
+    axes = [i for i in range(len(shape)) if shape[i] != 1]
     expected = itemsize
-    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if length != 1 and stride != expected:
+    for i in sorted(axes, key=lambda i: strides[i]):
+        if strides[i] != expected:
             return False
-        expected *= length
+        expected *= shape[i]
     return True
 
 
 @lru_cache(maxsize=1024, typed=True)  # 1.0 is no axis, though it equals 1
 def layout_of(shape, strides, dtype, axis):
-    """Return the Layout of arrays like this one, that of a C-ordered copy where no view is possible.
+    """Return the Layout of an array, or of its C-ordered copy where the kernels cannot take it as it is.
 
     Raises
     ------
+    TypeError
+        If the dtype is neither float32 nor float64, or `axis` is not an integer.
     ValueError
         If the array has less than two dimensions or `axis` is none of them.
     """
@@ -101,10 +106,9 @@ def layout_of(shape, strides, dtype, axis):
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
     if not -len(shape) <= index < len(shape):
         raise ValueError(f"axis must be from {-len(shape)} to {len(shape) - 1} for x of shape {shape}, got {axis}")
-    layout = Layout(shape, strides, dtype, index % len(shape))
-    if layout.strides is None:
-        layout = Layout(shape, c_strides(shape, dtype.itemsize), dtype, index % len(shape))
-    return layout
+    if not fills_memory(shape, strides, dtype.itemsize):
+        strides = c_strides(shape, dtype.itemsize)
+    return Layout(shape, strides, native_floats("x", dtype), index % len(shape))
 
 
 def c_strides(shape, itemsize):

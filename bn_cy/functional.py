@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bn_cy._dispatch import KERNELS
-from bn_cy._layout import layout_of
+from bn_cy._dispatch import kernels
+from bn_cy._layout import layout_of, native_floats
 from bn_cy._threads import get_num_threads
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "normalize",
 ]
 
-# Rows of the array of statistics that the kernels keep: one value a feature, float64.
+# The kernels keep these rows of float64 values, one value a feature, in one flat array.
 MEAN, REST, VAR, INVSTD, GAMMA = range(5)
 ROWS = 5
 
@@ -111,20 +111,20 @@ def batchnorm_forward(x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    x, layout = as_batch(x, axis)
+    x, layout = as_batch(x, axis, out)
     if layout.count == 1:
         raise ValueError(
             f"x must have two values per feature or more to have a variance, got one: "
             f"shape {layout.shape}, axis {axis}"
         )
-    statistics = np.empty((ROWS, layout.features))
+    statistics = np.empty(ROWS * layout.features)
     y = run_forward(x, layout, statistics, gamma, beta, eps, out, measure=True)
     return y, Cache(x, layout, statistics, layout.count, gamma is not None, beta is not None)
 
 
 def frozen_forward(x, mean, var, gamma, beta, eps, axis, out):
     """Normalize by given statistics; return (y, cache) as `batchnorm_forward` does."""
-    x, layout = as_batch(x, axis)
+    x, layout = as_batch(x, axis, out)
     statistics = given_statistics(mean, var, layout)
     y = run_forward(x, layout, statistics, gamma, beta, eps, out, measure=False)
     return y, Cache(x, layout, statistics, math.inf, gamma is not None, beta is not None)
@@ -171,10 +171,13 @@ def batchnorm_backward(dout, cache, *, out=None):
     if not isinstance(cache, Cache):
         raise TypeError(f"cache must be what batchnorm_forward returned, got {type(cache).__name__}")
     layout = cache.layout
-    sums = np.empty((2, layout.features))
-    grads = np.empty((2, layout.features), layout.dtype)
-    dx = run_backward(dout, cache.x, layout, cache.statistics, sums, grads, cache.count, out, measure=True)
-    return dx, grads[1] if cache.scaled else None, grads[0] if cache.shifted else None
+    dgamma = np.zeros(layout.features, layout.dtype) if cache.scaled else None
+    dbeta = np.zeros(layout.features, layout.dtype) if cache.shifted else None
+    sums = np.empty(2 * layout.features)
+    dx = run_backward(
+        dout, cache.x, layout, cache.statistics, sums, dgamma, dbeta, cache.count, out, measure=True
+    )
+    return dx, dgamma, dbeta
 
 
 def moments(x, *, axis=1):
@@ -213,8 +216,8 @@ def moments(x, *, axis=1):
     x, layout = as_batch(x, axis)
     statistics = np.zeros((ROWS, layout.features))
     if layout.size:
-        KERNELS[layout.dtype].forward(
-            None, statistics, layout.view(x), None, None, 1.0, True, False, threads_for(layout)
+        kernels.forward(
+            None, statistics, x, None, None, *layout.grid, 1.0, True, False, threads_for(layout)
         )
     return Moments(layout.count, statistics[MEAN].copy(), statistics[VAR].copy())
 
@@ -285,10 +288,10 @@ def gradient_sums(dout, x, mean, var, eps=1e-5, *, axis=1):
     x, layout = as_batch(x, axis)
     statistics = described_statistics(mean, var, None, eps, layout)
     sums = np.zeros((2, layout.features))
-    dout = as_gradient(dout, layout)
+    dout = layout.compact(as_gradient(dout, layout))
     if layout.size:
-        KERNELS[layout.dtype].backward(
-            None, sums, None, statistics, layout.view(dout), layout.view(x), 1.0, True, False, threads_for(layout)
+        kernels.backward(
+            None, None, None, sums, statistics, dout, x, *layout.grid, 1.0, True, False, threads_for(layout)
         )
     return sums[0], sums[1]
 
@@ -339,9 +342,9 @@ def input_gradient(
     x, layout = as_batch(x, axis)
     statistics = described_statistics(mean, var, gamma, eps, layout)
     sums = np.stack([as_row("sum_dout", sum_dout, layout), as_row("sum_dout_xhat", sum_dout_xhat, layout)])
-    if not count > 0:
+    if not count > 0 and layout.size:
         raise ValueError(f"count must be positive, got {count!r}")
-    return run_backward(dout, x, layout, statistics, sums, None, count, out, measure=False)
+    return run_backward(dout, x, layout, statistics, sums, None, None, count, out, measure=False)
 
 
 # Running the kernels
@@ -354,41 +357,30 @@ def run_forward(x, layout, statistics, gamma, beta, eps, out, *, measure):
     if beta is not None:
         beta = as_parameter("beta", beta, layout)
     check_eps(eps)
-    y, view = layout.empty() if out is None else target(out, layout, x)
+    y = layout.empty() if out is None else target(out, layout)
     if layout.size:
-        KERNELS[layout.dtype].forward(
-            view,
-            statistics,
-            layout.view(x),
-            gamma,
-            beta,
-            eps,
-            measure,
-            layout.nbytes >= STREAMED,
-            threads_for(layout),
+        streaming = layout.nbytes >= STREAMED
+        kernels.forward(
+            y, statistics, x, gamma, beta, *layout.grid, eps, measure, streaming, threads_for(layout)
         )
     return y if out is None else delivered(y, out)
 
 
-def run_backward(dout, x, layout, statistics, sums, grads, count, out, *, measure):
-    """Check dout and out, allocate dx, and fill sums, grads and dx."""
-    given, dout = dout, as_gradient(dout, layout)
-    dx, view = layout.empty() if out is None else target(out, layout, x, given)
+def run_backward(dout, x, layout, statistics, sums, dgamma, dbeta, count, out, *, measure):
+    """Check dout and out, allocate dx, and fill sums, dgamma, dbeta and dx."""
+    dout = as_gradient(dout, layout)
+    if out is None:
+        dx = layout.empty()
+    else:
+        dx = target(out, layout)
+        check_overlap(out, x, dout)
+    dout = layout.compact(dout)
     if layout.size:
-        KERNELS[layout.dtype].backward(
-            view,
-            sums,
-            grads,
-            statistics,
-            layout.view(dout),
-            layout.view(x),
-            count,
-            measure,
-            layout.nbytes >= STREAMED,
-            threads_for(layout),
+        streaming = layout.nbytes >= STREAMED
+        threads = threads_for(layout)
+        kernels.backward(
+            dx, dgamma, dbeta, sums, statistics, dout, x, *layout.grid, count, measure, streaming, threads
         )
-    elif grads is not None:
-        grads[...] = 0
     return dx if out is None else delivered(dx, out)
 
 
@@ -397,8 +389,8 @@ def threads_for(layout):
     return 1 if layout.size < SERIAL else get_num_threads()
 
 
-def target(out, layout, x, dout=None):
-    """Check `out`; return it and its view, or an array to be copied into it where it has another layout."""
+def target(out, layout):
+    """Return `out`, or an array to be copied into it where the kernels cannot write it."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
     if out.shape != layout.shape or out.dtype != layout.dtype:
@@ -408,14 +400,16 @@ def target(out, layout, x, dout=None):
         )
     if not out.flags.writeable:
         raise ValueError("out must be writable, got a read-only array")
+    return out if layout.has(out) else layout.empty()
+
+
+def check_overlap(out, x, dout):
+    """Refuse a dx that would overwrite x, or a part of dout that is still to be read."""
     if np.shares_memory(out, x):
-        raise ValueError("out may not share memory with x, which the backward needs")
-    same = out is dout or out.__array_interface__ == getattr(dout, "__array_interface__", None)
-    if dout is not None and not same and np.shares_memory(out, dout):
-        raise ValueError("out may be dout itself, but not overlap it otherwise")
-    if out.strides == layout.strides and out.flags.aligned:
-        return out, layout.view(out)
-    return layout.empty()
+        raise ValueError("out may not share memory with x")
+    itself = out is dout or out.__array_interface__ == dout.__array_interface__
+    if not itself and np.shares_memory(out, dout):
+        raise ValueError("out may be dout itself, but may not overlap it otherwise")
 
 
 def delivered(result, out):
@@ -428,45 +422,32 @@ def delivered(result, out):
 # Checking arguments
 
 
-def as_batch(x, axis):
+def as_batch(x, axis, out=None):
     """Return x as an array that the kernels take, and its layout."""
     x = np.asarray(x)
-    if x.dtype not in KERNELS:
-        x = native_floats("x", x)
     layout = layout_of(x.shape, x.strides, x.dtype, axis)
+    if out is not None and np.shares_memory(out, x):
+        raise ValueError("out may not share memory with x, which the backward needs")
     return layout.compact(x), layout
 
 
-def native_floats(name, array):
-    """Return a byte-swapped array in the processor's order; refuse every other type."""
-    native = array.dtype.newbyteorder("=")
-    if native not in KERNELS:
-        raise TypeError(f"{name} must be of float32 or float64, got {array.dtype}")
-    return array.astype(native)
-
-
 def as_gradient(dout, layout):
-    """Return dout with the layout of x."""
+    """Return dout as an array of x's shape and dtype."""
     dout = np.asarray(dout)
-    if dout.dtype not in KERNELS:
-        dout = native_floats("dout", dout)
-    if dout.shape != layout.shape or dout.dtype != layout.dtype:
+    if dout.shape != layout.shape or native_floats("dout", dout.dtype) is not layout.dtype:
         raise ValueError(
             f"dout must have the shape {layout.shape} and dtype {layout.dtype} of x, "
             f"got {dout.shape} and {dout.dtype}"
         )
-    return layout.compact(dout)
+    return dout
 
 
 def as_parameter(name, values, layout):
     """Return a parameter as a contiguous array of x's dtype."""
-    if type(values) is np.ndarray and values.dtype is layout.dtype and values.flags.c_contiguous:
-        array = values
-    else:
-        array = np.ascontiguousarray(as_real(name, values), layout.dtype)
-    if array.shape != (layout.features,):
-        raise ValueError(f"{name} must have shape ({layout.features},), one value per feature, got {array.shape}")
-    return array
+    if type(values) is not np.ndarray or values.dtype is not layout.dtype or not values.flags.c_contiguous:
+        values = np.ascontiguousarray(as_real(name, values), layout.dtype)
+    check_row(name, values, layout)
+    return values
 
 
 def as_real(name, values):
@@ -480,9 +461,16 @@ def as_real(name, values):
 def as_row(name, values, layout):
     """Return one float64 value per feature."""
     array = np.asarray(as_real(name, values), np.float64)
-    if array.shape != (layout.features,):
-        raise ValueError(f"{name} must have shape ({layout.features},), one value per feature, got {array.shape}")
+    check_row(name, array, layout)
     return array
+
+
+def check_row(name, array, layout):
+    """Refuse what is not one value per feature."""
+    if array.shape != (layout.features,):
+        raise ValueError(
+            f"{name} must have shape ({layout.features},), one value per feature, got {array.shape}"
+        )
 
 
 def as_index(name, value):
@@ -495,9 +483,7 @@ def as_index(name, value):
 
 def as_float_dtype(name, dtype):
     """Return float32 or float64 as a dtype."""
-    if np.dtype(dtype) not in KERNELS:
-        raise TypeError(f"{name} must be float32 or float64, got {np.dtype(dtype)}")
-    return np.dtype(dtype)
+    return native_floats(name, np.dtype(dtype))
 
 
 def check_eps(eps):
@@ -522,6 +508,7 @@ def described_statistics(mean, var, gamma, eps, layout):
     """The same with the rows that a forward would have filled."""
     check_eps(eps)
     statistics = given_statistics(mean, var, layout)
-    statistics[INVSTD] = 1 / np.sqrt(statistics[VAR] + eps)
+    with np.errstate(divide="ignore", invalid="ignore"):  # as in the kernels: inf and NaN say enough
+        statistics[INVSTD] = 1 / np.sqrt(statistics[VAR] + eps)
     statistics[GAMMA] = 1 if gamma is None else as_parameter("gamma", gamma, layout)
     return statistics

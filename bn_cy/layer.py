@@ -3,7 +3,7 @@
 import numpy as np
 
 from bn_cy import functional
-from bn_cy._dispatch import update_running
+from bn_cy._dispatch import kernels
 
 __all__ = ["BatchNorm"]
 
@@ -290,7 +290,7 @@ class BatchNorm:
         self.num_batches_tracked += 1
         momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
         correction = cache.count / (cache.count - 1) if self.unbiased else 1.0
-        update_running(self.running_mean, self.running_var, cache.statistics, momentum, correction)
+        kernels.update_running(self.running_mean, self.running_var, cache.statistics, momentum, correction)
 
     def _state_arrays(self):
         arrays = {
@@ -317,7 +317,7 @@ def checked_momentum(momentum):
 
 def loaded_array(name, value, current):
     """Return a value of a state as an array that fits the layer's own."""
-    array = functional.as_real(name, value)
+    array = functional.as_real(name, value).astype(current.dtype)
     if array.shape != current.shape:
         raise ValueError(f"{name} must have shape {current.shape}, got {array.shape}")
     return array
