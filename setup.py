@@ -1,6 +1,6 @@
 """Build the compiled modules of bn_cy; everything else about the package is in pyproject.toml.
 
-Four environment variables change the build:
+Environment variables that change the build:
 
 BN_CY_OPENMP=0     no OpenMP: every kernel runs in one thread
 BN_CY_DEBUG=1      bounds and initialisation checks in the kernels
@@ -16,6 +16,9 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
+
+PACKAGE = Path("bn_cy")
+KERNELS = "bn_cy._kernels_"  # and the name of the variant
 
 SERIAL = os.environ.get("BN_CY_OPENMP", "") == "0"
 DEBUG = os.environ.get("BN_CY_DEBUG", "") not in ("", "0")
@@ -41,8 +44,6 @@ GCC_VARIANTS = {
 }
 # MSVC has no switch for v2: the baseline of x64 stands in.
 MSVC_VARIANTS = {"v2": [], "v3": ["/arch:AVX2"], "v4": ["/arch:AVX512"]}
-
-KERNELS = "bn_cy._kernels_"  # and the name of the variant
 
 # (compile, link) flags, in the order in which they are tried.
 GCC_OPENMP = [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
@@ -155,22 +156,19 @@ class BuildExtensions(build_ext):
             ext.sources = result.sources
 
 
-def extension(name):
-    """Describe one module; its flags are added when the compiler is known."""
-    source = name.replace(".", "/") + ".pyx"
-    depends = ["bn_cy/_kernels.pxi"] if name.startswith(KERNELS) else []
-    return Extension(name, [source], depends=depends)
+def extension(source):
+    """Describe the module of one .pyx; its flags are added when the compiler is known."""
+    shared = [path.as_posix() for pattern in ("*.pxd", "*.pxi") for path in PACKAGE.glob(pattern)]
+    return Extension(f"bn_cy.{source.stem}", [source.as_posix()], depends=shared)
 
 
 # Processes that translate in parallel may import this file again.
 if __name__ == "__main__":
-    modules = ["bn_cy._cpu", "bn_cy._buffers"]
-    modules += [KERNELS + name for name in [*GCC_VARIANTS, "plain"]]
     # One folder for each kind of build: the objects of one never pass for those of another.
     asked = {"serial": SERIAL, "debug": DEBUG, "linetrace": LINETRACE}
     kind = "-".join(name for name in asked if asked[name]) or "default"
     setup(
-        ext_modules=[extension(name) for name in modules],
+        ext_modules=[extension(source) for source in sorted(PACKAGE.glob("*.pyx"))],
         cmdclass={"build_ext": BuildExtensions},
         options={"build": {"build_base": f"build/{kind}"}},
     )

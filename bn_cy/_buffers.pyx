@@ -1,8 +1,9 @@
 """Memory for large output arrays: aligned, and recycled.
 
-A fresh array of 64 MB costs several times its batch norm in page faults. Here the memory of an output that nobody
-holds any longer serves the next one. A `Buffer` owns one block and is the base of the array (and of every view
-of it); when the last of them goes, the buffer dies and its block goes back to the pool.
+A fresh array of 64 MB costs several times its batch norm in page faults. Here the memory of an
+output that nobody holds any longer serves the next one. A `Buffer` owns one block and is the base
+of the array (and of every view of it); when the last of them goes, the buffer dies and its block
+goes back to the pool.
 """
 
 import os
@@ -30,10 +31,6 @@ cdef enum:
 
 cdef class Block:
     """Raw memory, with an aligned start."""
-
-    cdef void *raw
-    cdef char *start
-    cdef readonly size_t size
 
     def __cinit__(self, size_t size):
         cdef size_t alignment = HUGE_PAGE if size >= 2 * HUGE_PAGE else ALIGNMENT
@@ -86,9 +83,6 @@ POOL = Pool(_memory() // 4)
 @cython.no_gc_clear  # the block must still be there when the buffer dies in a cycle
 cdef class Buffer:
     """A writable buffer of `size` bytes whose block goes back to the pool with it."""
-
-    cdef Block block
-    cdef object pool
 
     def __cinit__(self, size_t size, pool=POOL):
         self.pool = pool

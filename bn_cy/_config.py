@@ -16,9 +16,9 @@ def show_config(mode="stdout"):
     Returns
     -------
     dict or None
-        With mode "dicts": ``variant``, the instruction-set variant in use; ``supported``, those that the
-        processor runs; ``openmp``, whether the build has it; ``threads``, how many the next call may use;
-        ``flags``, what the C compiler was told.
+        With mode "dicts": ``variant``, the instruction-set variant in use; ``supported``, those
+        that were built and that the processor runs; ``openmp``, whether the build has it;
+        ``threads``, how many the next call may use; ``flags``, what the C compiler was told.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def show_config(mode="stdout"):
         "supported": _dispatch.SUPPORTED,
         "openmp": _cpu.OPENMP,
         "threads": _threads.get_num_threads(),
-        "flags": _dispatch.kernels.FLAGS,
+        "flags": _dispatch.FLAGS,
     }
     if mode == "dicts":
         return config

@@ -1,5 +1,7 @@
 """What the processor and OpenMP offer."""
 
+import os
+
 cdef extern from *:
     """
     #ifdef _OPENMP
@@ -8,7 +10,7 @@ cdef extern from *:
     static int omp_get_max_threads(void) { return 1; }
     #endif
 
-    /* The highest of the x86-64 levels that processor and system support; 0: none, or another processor. */
+    /* The highest x86-64 level that processor and system support; 0: none. */
     #if defined(_MSC_VER) && defined(_M_X64)
     #include <windows.h>
     static int bn_cpu_level(void) {
@@ -31,6 +33,9 @@ cdef extern from *:
     static int bn_cpu_level(void) { return 0; }
     #endif
 
+    #ifndef BN_CY_VARIANTS
+    #define BN_CY_VARIANTS "plain"
+    #endif
     #ifdef BN_CY_OPENMP
     #define BN_CY_HAS_OPENMP 1
     #else
@@ -40,8 +45,10 @@ cdef extern from *:
     int omp_get_max_threads() nogil
     int bn_cpu_level() nogil
     bint HAS_OPENMP "BN_CY_HAS_OPENMP"
+    const char *VARIANTS "BN_CY_VARIANTS"
 
 OPENMP = bool(HAS_OPENMP)
+BUILT = VARIANTS.decode().split()
 
 
 def supported_levels():
@@ -52,3 +59,11 @@ def supported_levels():
 def max_threads():
     """Return how many threads OpenMP would use now, for the calling thread; 1 in a serial build."""
     return omp_get_max_threads()
+
+
+def last_level_cache():
+    """Return the bytes of the last-level cache; 16 MB where the system does not tell."""
+    for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE"):
+        if name in getattr(os, "sysconf_names", ()) and os.sysconf(name) > 0:
+            return os.sysconf(name)
+    return 16 << 20

@@ -1,7 +1,8 @@
 """Which compiled kernels to use: chosen once, at import.
 
-The same loops are compiled for the x86-64 levels v2, v3 and v4 (SSE4, AVX2, AVX-512) and give the same bits on each;
-on other processors there is one plain variant. The environment variable BN_CY_ISA forces one.
+The same loops are compiled for the x86-64 levels v2, v3 and v4 (SSE4, AVX2, AVX-512) and give
+the same bits on each; on other processors there is one plain variant. The environment variable
+BN_CY_ISA forces one.
 """
 
 import importlib
@@ -27,13 +28,15 @@ def choose_variant(forced, supported):
     """
     if forced and forced not in supported:
         raise ImportError(
-            f"BN_CY_ISA must name a variant that this processor runs ({', '.join(supported)}), got {forced!r}"
+            f"BN_CY_ISA must name a variant that runs here ({', '.join(supported)}), got {forced!r}"
         )
     return forced or supported[0]
 
 
-SUPPORTED = _cpu.supported_levels() or ["plain"]
+SUPPORTED = [level for level in _cpu.supported_levels() if level in _cpu.BUILT] or ["plain"]
 VARIANT = choose_variant(os.environ.get("BN_CY_ISA", ""), SUPPORTED)
 
-# A variant that the build left out, or that is broken, is an error and not a reason to take another.
-kernels = importlib.import_module(f"bn_cy._kernels_{VARIANT}")
+# A variant that is broken is an error and not a reason to take another.
+_module = importlib.import_module(f"bn_cy._kernels_{VARIANT}")
+KERNELS = _module.KERNELS  # a capsule: the table of C functions
+FLAGS = _module.FLAGS

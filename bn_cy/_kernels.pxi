@@ -1,8 +1,9 @@
-# All the loops of bn_cy, for float and double from one source. Each `_kernels_*.pyx` includes this file
-# and is compiled for one instruction set; `_dispatch.py` picks among them.
+# All the loops of bn_cy, for float and double from one source. Each `_kernels_*.pyx` includes this
+# file and is compiled for one instruction set; `_dispatch.py` picks among them.
 #
-# The order of every floating-point sum below is a function of the shape alone, never of the number of
-# threads, the width of a block, the alignment or the instruction set: the bits are the same everywhere.
+# The order of every floating-point sum below is a function of the shape alone, never of the number
+# of threads, the width of a block, the alignment or the instruction set: the bits are the same
+# everywhere.
 #
 # An array (outer, features, inner) is walked as rows of columns (see `Grid`). One row of a block of
 # features holds `times` copies of the block, each feature `each` adjacent columns wide:
@@ -10,16 +11,21 @@
 #   rows of features (inner == 1)     one sheet of `outer` rows, a feature is one column;
 #   the same with few features        several rows are read as one wide row (times > 1);
 #   small inner (7 x 7 images)        one sheet of `outer` rows, a feature is `inner` columns;
-#   large inner (56 x 56 images)      `outer` sheets, a run of `inner` values cut into rows of `each`.
+#   large inner (56 x 56 images)      `outer` sheets, a run of `inner` values cut into rows
 #
-# So the four leaf loops know nothing but columns, and the columns of a feature are folded at the end.
+# So the four leaf loops know nothing but columns, and the columns of a feature are folded at the
+# end.
 
-from cpython.buffer cimport PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
+from cpython.pycapsule cimport PyCapsule_New
 from cython cimport floating
 from cython.parallel cimport prange
-from libc.math cimport isfinite, sqrt
+from libc.math cimport fabs, isfinite, sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+
+from bn_cy._kernels cimport (
+    GAMMA, INVSTD, MEAN, REST, VAR, Backward, Forward, Kernels, Shape,
+)
 
 cdef extern from *:
     """
@@ -32,7 +38,7 @@ cdef extern from *:
     #include <immintrin.h>
     #endif
 
-    /* Copy past the cache: full lines with non-temporal stores, the ragged ends with ordinary ones. */
+    /* Copy past the cache: whole lines by non-temporal stores, the ragged ends by ordinary ones. */
     static inline void bn_stream(void *target, const void *source, size_t bytes) {
     #if defined(__x86_64__) || defined(_M_X64)
         char *to = (char *)target;
@@ -58,8 +64,15 @@ cdef extern from *:
     #endif
     }
 
-    /* Scratch that starts on a cache line: vectors that straddle two lines load at half the speed. */
+    /* Scratch that starts on a cache line: vectors across two lines load at half the speed. */
     #define bn_aligned(scratch) ((void *)(((uintptr_t)(scratch) + 63) & ~(uintptr_t)63))
+
+    /* Ask for memory that is to be read soon, into the second-level cache. */
+    static inline void bn_fetch(const void *source, size_t bytes) {
+    #if defined(__GNUC__)
+        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)source + i, 0, 2);
+    #endif
+    }
 
     static inline void bn_stream_end(void) {
     #if defined(__x86_64__) || defined(_M_X64)
@@ -69,35 +82,40 @@ cdef extern from *:
     """
     void stream "bn_stream"(void *target, const void *source, size_t size) noexcept nogil
     void end_streaming "bn_stream_end"() noexcept nogil
+    void fetch "bn_fetch"(const void *source, size_t size) noexcept nogil
     void *aligned "bn_aligned"(void *scratch) noexcept nogil
     const char *C_FLAGS "BN_CY_FLAGS"
 
-FLAGS = C_FLAGS.decode()  # what the compiler was told for this variant
-
-ctypedef fused real:  # the type a sum's terms are computed in: that of the data, or double in a rescue
+ctypedef fused real:  # what a sum's terms are computed in: the data's type, or double in a rescue
     float
     double
 
 cdef enum:
-    NARROW = 256    # columns of a row up to which threads share out rows rather than columns
+    NARROW = 128    # columns of a row that are enough for vectors
     WIDTH = 1024    # columns in a row of a block, at the most: bounds every scratch array
-    SLAB = 512      # columns of a block of one-column features: its sums and parameters stay in L1
-    LANES = 128     # columns that a long run is cut into, at the most
+    LANES = 16      # columns that a long run is cut into for sums: their accumulators are registers
+    BURST = 128     # columns between two writes past the cache: reads and writes overlap
+    CHUNK = 512     # columns that it is cut into for writing
     GROUP = 8       # rows that are added up in the data's type before they go to double
     LINE = 16       # floats of a cache line
     CELLS = 64      # parts that a feature's rows are summed in, at the most
     CELL_ROWS = 128  # rows of such a part, at the least
+    SHEET_ROWS = 1024  # rows of a sheet that is not cut between parts, at the most
+    CACHE = 512 * 1024  # bytes that a thread finds again in its own cache in a second pass
     SAMPLES = 8     # values of a feature that its shift is the mean of
     SERIAL = 10000  # elements below which a second thread costs more than it brings
     RESCUES = 4     # passes in double until a feature's shift is near its mean
     FAR = 2         # (mean - shift)^2 / var above which a feature is summed again
 
-cdef enum:  # rows of the array of statistics that forward leaves for backward, one value a feature
-    MEAN        # before the mean is known: the shift
-    REST        # what a double mean leaves over: the mean is MEAN + REST
-    VAR
-    INVSTD
-    GAMMA
+cdef enum:  # how the second passes write
+    DIRECT     # in place of what is read nowhere else
+    STREAMING  # past the cache, where the whole output would not stay in it
+    IN_PLACE   # dx over dout: by a line of scratch, as loops are vectorised for separate arrays
+
+cdef enum:  # what the first pass of the backward needs of every column, a row of scratch each
+    CENTRE        # a shift near the mean, in few digits
+    CENTRE_SCALE  # a power of two near invstd
+    CENTRES
 
 cdef enum:  # what the second passes need of every column, a row of scratch each
     HI = 0      # the mean as a high and a low part: (x - hi) - lo loses no digits
@@ -112,13 +130,14 @@ cdef enum:  # what the second passes need of every column, a row of scratch each
     SCRATCH = WIDTH + 2 * LINE  # pitch of such rows, at the most, and room to align them
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Geometry
 
 cdef struct Grid:
-    Py_ssize_t features, inner, count     # count: values of a feature
-    Py_ssize_t sheets, rows, stride, tail  # a sheet: rows of columns, then `tail` columns of one more
-    Py_ssize_t each, times                # columns of a feature in a row, copies of a block in a row
+    Py_ssize_t outer, features, inner     # the array
+    Py_ssize_t count                      # values of a feature
+    Py_ssize_t sheets, rows, stride, tail  # a sheet: rows of columns, `tail` columns of one more
+    Py_ssize_t each, times                # columns of a feature, copies of a block in a row
     Py_ssize_t cells, cell_rows           # the fixed grid in which rows are summed
 
 
@@ -140,58 +159,59 @@ cdef inline Py_ssize_t line_multiple(Py_ssize_t width) noexcept nogil:
 
 
 cdef inline Py_ssize_t merged_rows(Py_ssize_t outer, Py_ssize_t width) noexcept nogil:
-    """How many rows of `width` columns to read as one: whole cache lines, and wide enough for vectors."""
+    """How many rows of `width` columns to read as one: whole lines, wide enough for vectors."""
     cdef Py_ssize_t multiple = line_multiple(width)
     if multiple * width > WIDTH:
         return 1
-    multiple *= ceil_div(LANES, multiple * width)
+    multiple *= ceil_div(NARROW, multiple * width)
     return max(1, min(multiple, outer // GROUP))
 
 
-cdef inline Py_ssize_t run_lanes(Py_ssize_t inner) noexcept nogil:
-    """Columns that a run of `inner` values is cut into: a power of two that leaves GROUP rows."""
-    cdef Py_ssize_t lanes = LANES
-    while lanes > LINE and lanes * GROUP > inner:
-        lanes //= 2
-    return lanes
-
-
-cdef Grid plan(Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner) noexcept nogil:
-    """How an array of this shape is walked and in which order it is summed. Of the shape alone."""
+cdef Grid plan(
+    Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, Py_ssize_t lanes,
+) noexcept nogil:
+    """How an array of this shape is walked, a long run as rows of `lanes` columns."""
     cdef Grid g
-    g.features, g.inner, g.count = features, inner, outer * inner
-    if inner > WIDTH or (outer < GROUP and inner >= 4 * LINE):
-        g.each, g.times = run_lanes(inner), 1
+    g.outer, g.features, g.inner, g.count = outer, features, inner, outer * inner
+    if is_run(outer, inner):
+        g.each, g.times = min(lanes, inner), 1
         g.sheets, g.rows, g.stride, g.tail = outer, inner // g.each, g.each, inner % g.each
     else:
         g.each, g.times = inner, merged_rows(outer, features * inner)
         g.sheets, g.rows = 1, outer // g.times
         g.stride, g.tail = g.times * features * inner, outer % g.times * features * inner
     g.cell_rows = max(<Py_ssize_t>CELL_ROWS, ceil_div(g.sheets * g.rows, CELLS))
-    g.cell_rows = round_up(g.cell_rows, g.rows if g.sheets > 1 and g.rows < g.cell_rows else GROUP)
+    g.cell_rows = round_up(g.cell_rows, g.rows if g.sheets > 1 and g.rows <= SHEET_ROWS else GROUP)
     g.cells = ceil_div(g.sheets * g.rows, g.cell_rows)
     return g
+
+
+cdef inline bint is_run(Py_ssize_t outer, Py_ssize_t inner) noexcept nogil:
+    """Whether the values of a feature are walked as long runs, rather than as columns."""
+    return inner > WIDTH or (outer < GROUP and inner >= 4 * LINE)
 
 
 cdef Py_ssize_t block_features(const Grid *g, int threads) noexcept nogil:
     """Features that are walked together; has no say in the order of any sum."""
     cdef Py_ssize_t unit, block
-    if g.sheets > 1 or g.each != g.inner:
+    if is_run(g.outer, g.inner):
         return 1
     if g.times > 1:
         return g.features
     unit = line_multiple(g.inner)
-    block = max(<Py_ssize_t>1, (SLAB if g.inner == 1 else WIDTH) // g.inner)
+    block = max(<Py_ssize_t>1, WIDTH // g.inner)
     block = min(block, round_up(ceil_div(g.features, threads), unit))
     if block > unit:
         block -= block % unit
     return block
 
 
-# ---------------------------------------------------------------------------------------------------
-# Leaves: one pass over rows of columns. `x` and its like are walked by `stride`; all else is a row.
+# -------------------------------------------------------------------------------------------------
+# Leaves: one pass over rows of columns; `s` is from row to row of x and its like
 
-cdef inline real tree(real a, real b, real c, real d, real e, real f, real g, real h) noexcept nogil:
+cdef inline real tree(
+    real a, real b, real c, real d, real e, real f, real g, real h,
+) noexcept nogil:
     return ((a + b) + (c + d)) + ((e + f) + (g + h))
 
 
@@ -235,9 +255,9 @@ cdef inline void add_deviations(
 
 
 cdef inline real product(
-    floating dout, floating x, real hi, real lo, real invstd
+    floating dout, floating x, real shift, real scale
 ) noexcept nogil:
-    return <real>dout * (deviation(x, hi, lo) * invstd)
+    return <real>dout * ((<real>x - shift) * scale)
 
 
 cdef inline void add_gradients(
@@ -245,50 +265,57 @@ cdef inline void add_gradients(
     const floating *dout, const floating *x, const real *columns, Py_ssize_t pitch,
     Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s,
 ) noexcept nogil:
-    """First pass of the backward: dbeta = sum(dout) and dgamma = sum(dout*xhat), column by column."""
-    cdef const real *hi = columns + HI * pitch
-    cdef const real *lo = columns + LO * pitch
-    cdef const real *invstd = columns + XHAT_SCALE * pitch
+    """First pass of the backward: sum(dout) and sum(dout*(x - shift)*scale), column by column.
+
+    Not sum(dout*xhat): as sum(xhat) is 0, whatever the roundings of xhat have in common weighs n
+    times, and (x - mean)*invstd is rounded alike wherever the mean has digits below those of x.
+    x less a number of few digits near the mean is exact or nearly so, and so is its product with a
+    power of two. `settle_gradients` makes dgamma of it.
+    """
+    cdef const real *shift = columns + CENTRE * pitch
+    cdef const real *scale = columns + CENTRE_SCALE * pitch
     cdef Py_ssize_t j
-    cdef real m, l, v
+    cdef real m, v
     while rows >= GROUP:
         for j in range(width):
-            m, l, v = hi[j], lo[j], invstd[j]
+            m, v = shift[j], scale[j]
             sum1[j] += tree[real](
                 dout[j], dout[j + s], dout[j + 2*s], dout[j + 3*s],
                 dout[j + 4*s], dout[j + 5*s], dout[j + 6*s], dout[j + 7*s])
             sum2[j] += tree[real](
-                product(dout[j], x[j], m, l, v),
-                product(dout[j + s], x[j + s], m, l, v),
-                product(dout[j + 2*s], x[j + 2*s], m, l, v),
-                product(dout[j + 3*s], x[j + 3*s], m, l, v),
-                product(dout[j + 4*s], x[j + 4*s], m, l, v),
-                product(dout[j + 5*s], x[j + 5*s], m, l, v),
-                product(dout[j + 6*s], x[j + 6*s], m, l, v),
-                product(dout[j + 7*s], x[j + 7*s], m, l, v))
+                product(dout[j], x[j], m, v),
+                product(dout[j + s], x[j + s], m, v),
+                product(dout[j + 2*s], x[j + 2*s], m, v),
+                product(dout[j + 3*s], x[j + 3*s], m, v),
+                product(dout[j + 4*s], x[j + 4*s], m, v),
+                product(dout[j + 5*s], x[j + 5*s], m, v),
+                product(dout[j + 6*s], x[j + 6*s], m, v),
+                product(dout[j + 7*s], x[j + 7*s], m, v))
         dout += GROUP * s
         x += GROUP * s
         rows -= GROUP
     while rows > 0:
         for j in range(width):
             sum1[j] += dout[j]
-            sum2[j] += product(dout[j], x[j], hi[j], lo[j], invstd[j])
+            sum2[j] += product(dout[j], x[j], shift[j], scale[j])
         dout += s
         x += s
         rows -= 1
 
 
-cdef inline void put(floating *target, const floating *line, Py_ssize_t width, bint streaming) noexcept nogil:
-    """Write a finished row: past the cache where the whole output would not stay in it."""
-    if streaming:
+cdef inline void put(
+    floating *target, const floating *line, Py_ssize_t width, int writing,
+) noexcept nogil:
+    """Write a row that was made in a line of scratch."""
+    if writing == STREAMING:
         stream(target, line, width * sizeof(floating))
-    else:
+    elif writing == IN_PLACE:
         memcpy(target, line, width * sizeof(floating))
 
 
 cdef inline void write_normalized(
     floating *y, const floating *x, const floating *columns, Py_ssize_t pitch,
-    Py_ssize_t width, bint streaming,
+    Py_ssize_t width, int writing, Py_ssize_t ahead,
 ) noexcept nogil:
     """Second pass of the forward, one row: y = gamma*invstd*(x - mean) + beta."""
     cdef const floating *hi = columns + HI * pitch
@@ -297,15 +324,25 @@ cdef inline void write_normalized(
     cdef const floating *beta = columns + BETA * pitch
     cdef floating storage[SCRATCH]
     cdef floating *line = <floating *>aligned(storage)
-    cdef Py_ssize_t j
-    for j in range(width):
-        line[j] = deviation(x[j], hi[j], lo[j]) * scale[j] + beta[j]
-    put(y, line, width, streaming)
+    cdef Py_ssize_t start, stop, j
+    if writing == DIRECT:
+        for j in range(width):
+            y[j] = deviation(x[j], hi[j], lo[j]) * scale[j] + beta[j]
+        return
+    start = 0
+    while start < width:
+        stop = min(start + BURST, width)
+        for j in range(start, stop):
+            line[j - start] = deviation(x[j], hi[j], lo[j]) * scale[j] + beta[j]
+        put(y + start, line, stop - start, writing)
+        if ahead:
+            fetch(x + ahead + start, (stop - start) * sizeof(floating))
+        start = stop
 
 
 cdef inline void write_input_gradient(
-    floating *dx, const floating *dout, const floating *x, const floating *columns, Py_ssize_t pitch,
-    Py_ssize_t width, bint streaming,
+    floating *dx, const floating *dout, const floating *x, const floating *columns, Py_ssize_t
+    pitch, Py_ssize_t width, int writing, Py_ssize_t ahead,
 ) noexcept nogil:
     """Second pass of the backward, one row: dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n)."""
     cdef const floating *hi = columns + HI * pitch
@@ -316,45 +353,57 @@ cdef inline void write_input_gradient(
     cdef const floating *scale = columns + DX_SCALE * pitch
     cdef floating storage[SCRATCH]
     cdef floating *line = <floating *>aligned(storage)
-    cdef Py_ssize_t j
+    cdef Py_ssize_t start, stop, j
     cdef floating xhat
-    for j in range(width):
-        xhat = deviation(x[j], hi[j], lo[j]) * invstd[j]
-        line[j] = ((dout[j] - mean_dout[j]) - xhat * mean_product[j]) * scale[j]
-    put(dx, line, width, streaming)
+    if writing == DIRECT:
+        for j in range(width):
+            xhat = deviation(x[j], hi[j], lo[j]) * invstd[j]
+            dx[j] = ((dout[j] - mean_dout[j]) - xhat * mean_product[j]) * scale[j]
+        return
+    start = 0
+    while start < width:
+        stop = min(start + BURST, width)
+        for j in range(start, stop):
+            xhat = deviation(x[j], hi[j], lo[j]) * invstd[j]
+            line[j - start] = ((dout[j] - mean_dout[j]) - xhat * mean_product[j]) * scale[j]
+        put(dx + start, line, stop - start, writing)
+        if ahead:
+            fetch(x + ahead + start, (stop - start) * sizeof(floating))
+            fetch(dout + ahead + start, (stop - start) * sizeof(floating))
+        start = stop
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Rows of columns to features and back
 
 cdef struct Block:
     Py_ssize_t start, size   # features [start, start + size)
     Py_ssize_t width, pitch  # columns of one of its rows; from row to row of its scratch, odd lines
+    Py_ssize_t ahead         # from a value to that of the block that the thread takes next, or 0
 
 
 cdef inline Block block_at(const Grid *g, Py_ssize_t start, Py_ssize_t size) noexcept nogil:
     cdef Block b
-    b.start, b.size = start, min(size, g.features - start)
+    b.start, b.size, b.ahead = start, min(size, g.features - start), 0
     b.width = g.times * b.size * g.each
     b.pitch = round_up(b.width, 2 * LINE) + LINE
     return b
 
 
-cdef inline void spread(real *columns, const double *values, const Grid *g, const Block *b) noexcept nogil:
+cdef inline void spread(
+    real *columns, const double *values, const Grid *g, const Block *b,
+) noexcept nogil:
     """A value a feature to a value a column."""
-    cdef Py_ssize_t t, f, e, j = 0
-    cdef real value
+    cdef Py_ssize_t t, f, e, size = b.size, each = g.each
     for t in range(g.times):
-        if g.each == 1:
-            for f in range(b.size):
-                columns[j + f] = <real>values[f]
-            j += b.size
-            continue
-        for f in range(b.size):
-            value = <real>values[f]
-            for e in range(g.each):
-                columns[j + e] = value
-            j += g.each
+        if each == 1:
+            for f in range(size):
+                columns[f] = <real>values[f]
+        else:
+            for f in range(size):
+                for e in range(each):
+                    columns[f * each + e] = <real>values[f]
+        columns += size * each
 
 
 cdef inline double fold_run(const double *columns, Py_ssize_t each) noexcept nogil:
@@ -371,21 +420,23 @@ cdef inline double fold_run(const double *columns, Py_ssize_t each) noexcept nog
     return tree[double](lane[0], lane[1], lane[2], lane[3], lane[4], lane[5], lane[6], lane[7])
 
 
-cdef inline void fold(double *values, const double *columns, const Grid *g, const Block *b) noexcept nogil:
+cdef inline void fold(
+    double *values, const double *columns, const Grid *g, const Block *b,
+) noexcept nogil:
     """The sum of the columns of each feature."""
-    cdef Py_ssize_t t, f
-    memset(values, 0, b.size * sizeof(double))
+    cdef Py_ssize_t t, f, size = b.size, each = g.each
+    memset(values, 0, size * sizeof(double))
     for t in range(g.times):
-        if g.each == 1:
-            for f in range(b.size):
+        if each == 1:
+            for f in range(size):
                 values[f] += columns[f]
         else:
-            for f in range(b.size):
-                values[f] += fold_run(columns + f * g.each, g.each)
-        columns += b.size * g.each
+            for f in range(size):
+                values[f] += fold_run(columns + f * each, each)
+        columns += size * each
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Walking a cell of the grid: its pieces are stretches of rows of one sheet
 
 cdef struct Piece:
@@ -411,20 +462,6 @@ cdef inline bint advance(Piece *p, const Grid *g, const Block *b) noexcept nogil
     p.tail = g.tail if row + p.rows == g.rows else 0
     p.offset = (sheet * g.features + b.start) * g.inner + row * g.stride
     p.next += p.rows
-    return True
-
-
-cdef inline bint retreat(Piece *p, const Grid *g, const Block *b) noexcept nogil:
-    """To the next piece from the cell's end: a second pass begins on what the first left in the cache."""
-    cdef Py_ssize_t sheet, row
-    if p.stop <= p.next:
-        return False
-    sheet = (p.stop - 1) // g.rows
-    row = max(sheet * g.rows, p.next)
-    p.rows = p.stop - row
-    p.tail = g.tail if p.stop == (sheet + 1) * g.rows else 0
-    p.offset = (sheet * g.features + b.start) * g.inner + (row - sheet * g.rows) * g.stride
-    p.stop = row
     return True
 
 
@@ -469,31 +506,31 @@ cdef void gradients_of_cell(
 
 cdef void normalize_cell(
     floating *y, const floating *x, const floating *columns,
-    const Grid *g, const Block *b, Py_ssize_t cell, bint streaming,
+    const Grid *g, const Block *b, Py_ssize_t cell, int writing,
 ) noexcept nogil:
     cdef Piece p = cell_at(g, cell)
     cdef Py_ssize_t r, at
-    while retreat(&p, g, b):
-        at = p.offset + p.rows * g.stride
-        write_normalized(y + at, x + at, columns, b.pitch, p.tail, streaming)
+    while advance(&p, g, b):
+        at = p.offset
         for r in range(p.rows):
-            at -= g.stride
-            write_normalized(y + at, x + at, columns, b.pitch, b.width, streaming)
+            write_normalized(y + at, x + at, columns, b.pitch, b.width, writing, b.ahead)
+            at += g.stride
+        write_normalized(y + at, x + at, columns, b.pitch, p.tail, writing, b.ahead)
 
 
 cdef void input_gradient_cell(
     floating *dx, const floating *dout, const floating *x, const floating *columns,
-    const Grid *g, const Block *b, Py_ssize_t cell, bint streaming,
+    const Grid *g, const Block *b, Py_ssize_t cell, int writing,
 ) noexcept nogil:
     cdef Piece p = cell_at(g, cell)
     cdef Py_ssize_t r, at
-    while retreat(&p, g, b):
-        at = p.offset + p.rows * g.stride
-        write_input_gradient(dx + at, dout + at, x + at, columns, b.pitch, p.tail, streaming)
+    while advance(&p, g, b):
+        at = p.offset
         for r in range(p.rows):
-            at -= g.stride
             write_input_gradient(
-                dx + at, dout + at, x + at, columns, b.pitch, b.width, streaming)
+                dx + at, dout + at, x + at, columns, b.pitch, b.width, writing, b.ahead)
+            at += g.stride
+        write_input_gradient(dx + at, dout + at, x + at, columns, b.pitch, p.tail, writing, b.ahead)
 
 
 cdef inline void add_part(double *sums, const double *part, const Block *b) noexcept nogil:
@@ -503,7 +540,7 @@ cdef inline void add_part(double *sums, const double *part, const Block *b) noex
         sums[i] += part[i]
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Statistics of a block of features
 
 cdef struct Statistics:
@@ -524,21 +561,38 @@ cdef inline Statistics statistics_of(double *rows, const Grid *g, const Block *b
     return s
 
 
-cdef void sample_shift(const Statistics *s, const floating *x, const Grid *g, const Block *b) noexcept nogil:
-    """A first guess at the mean: that of a few values spread over the feature. Exact for a constant."""
-    cdef Py_ssize_t samples = min(g.count, <Py_ssize_t>SAMPLES)
-    cdef Py_ssize_t k, f, at, inner = g.inner
-    cdef const floating *first = x + b.start * inner
+cdef inline double coarse(double value, double spread) noexcept nogil:
+    """Round to about an eighth of the spread: float data less this are float numbers, nearly all
+    of them,
+    where a shift with digits below theirs would round most differences, and all the same way."""
+    cdef double large = 844424930131968.0 * spread  # 1.5 * 2^49
+    return (value + large) - large
+
+
+cdef void sample_shift(
+    const Statistics *s, const floating *x, const Grid *g, const Block *b,
+) noexcept nogil:
+    """A guess at the mean: that of a few values spread over the feature. Exact for a constant."""
+    cdef const floating *first = x + b.start * g.inner
     cdef const floating *row
-    for f in range(b.size):
-        s.mean[f] = 0
-    for k in range(1, samples):
-        at = k * g.count // samples
-        row = first + at // inner * inner * g.features + at % inner
-        for f in range(b.size):
-            s.mean[f] += <double>row[f * inner] - <double>first[f * inner]
-    for f in range(b.size):
-        s.mean[f] = <floating>(first[f * inner] + s.mean[f] / samples)
+    cdef double *mean = s.mean
+    cdef double *reach = s.var  # not known yet
+    cdef double step
+    cdef Py_ssize_t k, f, inner = g.inner, size = b.size
+    for f in range(size):
+        mean[f] = 0
+        reach[f] = 0
+    for k in range(1, SAMPLES):
+        row = first + k * g.outer // SAMPLES * g.features * inner + k * inner // SAMPLES
+        for f in range(size):
+            step = <double>row[f * inner] - <double>first[f * inner]
+            mean[f] += step
+            reach[f] = max(reach[f], fabs(step))
+    for f in range(size):
+        mean[f] = first[f * inner] + mean[f] / SAMPLES
+        if sizeof(floating) == 4:
+            mean[f] = coarse(mean[f], reach[f])
+        mean[f] = <floating>mean[f]
 
 
 cdef void sum_deviations(
@@ -552,27 +606,34 @@ cdef void sum_deviations(
         add_part(sums, part, b)
 
 
-cdef inline void settle(const Statistics *s, Py_ssize_t f, double delta, double var) noexcept nogil:
-    """The moments from those about the shift."""
-    cdef double shift = s.mean[f]
-    s.mean[f] = shift + delta
-    s.rest[f] = (shift - s.mean[f]) + delta
-    s.var[f] = 0 if var < 0 else var
+cdef inline void settle(
+    double *mean, double *rest, double *var, double delta, double square,
+) noexcept nogil:
+    """The moments from those about the shift, which `mean` still holds."""
+    cdef double shift = mean[0]
+    cdef double found = square - delta * delta
+    mean[0] = shift + delta
+    rest[0] = (shift - mean[0]) + delta
+    var[0] = 0 if found < 0 else found
 
 
 cdef bint settle_block(
-    const Statistics *s, long long *suspect, const double *sums, double n, double least, Py_ssize_t size,
+    const Statistics *s, long long *suspect, const double *sums, double n, double least,
+    Py_ssize_t size,
 ) noexcept nogil:
-    """The moments of a block, and which of them to doubt: the shift was far from the mean, or squares
-    overflowed, or they were too small to have kept their digits (0 is: of a constant, or of those)."""
+    """The moments of a block, and which of them to doubt: those whose shift was far from the mean,
+    and those whose squares overflowed or were too small to keep their digits. 0 is among these."""
+    cdef double *mean = s.mean
+    cdef double *rest = s.rest
+    cdef double *var = s.var
     cdef Py_ssize_t f
-    cdef double delta, var
+    cdef double delta
     cdef long long doubt = 0
     for f in range(size):
+        settle(mean + f, rest + f, var + f, sums[f] / n, sums[f + size] / n)
+    for f in range(size):
         delta = sums[f] / n
-        var = sums[f + size] / n - delta * delta
-        suspect[f] = 1 - ((delta * delta <= FAR * var) & (var >= least) & (var <= 1e300))
-        settle(s, f, delta, var)
+        suspect[f] = not (delta * delta <= FAR * var[f] and least <= var[f] <= 1e300)
     for f in range(size):
         doubt |= suspect[f]
     return doubt != 0
@@ -581,13 +642,17 @@ cdef bint settle_block(
 cdef void rescue_moments(
     const Statistics *s, long long *suspect, const floating *x, const Grid *g, const Block *b,
 ) noexcept nogil:
-    """The same sums with every term in double, about the mean just found, until it moves no more."""
+    """The same sums with every term in double, about the mean just found, until it moves no
+    more."""
     cdef double shift[WIDTH]
     cdef double sums[2 * WIDTH]
     cdef Py_ssize_t f
-    cdef double delta, var
+    cdef double delta
     cdef bint again = True
     cdef int attempt
+    for f in range(b.size):
+        if not isfinite(s.mean[f]):  # the sums overflowed: from any value of the feature
+            s.mean[f] = x[(b.start + f) * g.inner]
     for attempt in range(RESCUES):
         if not again:
             return
@@ -597,9 +662,8 @@ cdef void rescue_moments(
         for f in range(b.size):
             if suspect[f]:
                 delta = sums[f] / g.count
-                var = sums[f + b.size] / g.count - delta * delta
-                settle(s, f, delta, var)
-                suspect[f] = isfinite(var) and delta * delta > FAR * var
+                settle(s.mean + f, s.rest + f, s.var + f, delta, sums[f + b.size] / g.count)
+                suspect[f] = isfinite(s.var[f]) and delta * delta > FAR * s.var[f]
                 again |= suspect[f] != 0
 
 
@@ -612,7 +676,9 @@ cdef void moments_of_sums(
         rescue_moments(s, suspect, x, g, b)
 
 
-cdef void moments_of_block(const Statistics *s, const floating *x, const Grid *g, const Block *b) noexcept nogil:
+cdef void moments_of_block(
+    const Statistics *s, const floating *x, const Grid *g, const Block *b,
+) noexcept nogil:
     cdef floating storage[SCRATCH]
     cdef floating *shift = <floating *>aligned(storage)
     cdef double sums[2 * WIDTH]
@@ -626,46 +692,124 @@ cdef void describe(
     const Statistics *s, const floating *gamma, double eps, const Block *b,
 ) noexcept nogil:
     """What the second pass, and the backward, need beside the moments."""
-    cdef Py_ssize_t f
-    for f in range(b.size):
-        s.invstd[f] = 1 / sqrt(s.var[f] + eps)
-    for f in range(b.size):
-        s.gamma[f] = 1 if gamma == NULL else gamma[b.start + f]
+    cdef const double *var = s.var
+    cdef double *invstd = s.invstd
+    cdef double *kept = s.gamma
+    cdef Py_ssize_t f, size = b.size
+    for f in range(size):
+        invstd[f] = 1 / sqrt(var[f] + eps)
+    if gamma == NULL:
+        for f in range(size):
+            kept[f] = 1
+    else:
+        gamma += b.start
+        for f in range(size):
+            kept[f] = gamma[f]
 
 
-cdef inline void spread_mean(real *columns, const Statistics *s, const Grid *g, const Block *b) noexcept nogil:
+cdef inline void spread_mean(
+    real *columns, const Statistics *s, const Grid *g, const Block *b,
+) noexcept nogil:
+    cdef const double *mean = s.mean
+    cdef const double *rest = s.rest
     cdef double lo[WIDTH]
-    cdef Py_ssize_t f
-    for f in range(b.size):
-        lo[f] = (s.mean[f] - <real>s.mean[f]) + s.rest[f]
-    spread(columns + HI * b.pitch, s.mean, g, b)
+    cdef Py_ssize_t f, size = b.size
+    for f in range(size):
+        lo[f] = (mean[f] - <real>mean[f]) + rest[f]
+    spread(columns + HI * b.pitch, mean, g, b)
     spread(columns + LO * b.pitch, lo, g, b)
+
+
+cdef inline void spread_scale(
+    real *column, const Statistics *s, const Grid *g, const Block *b,
+) noexcept nogil:
+    cdef const double *gamma = s.gamma
+    cdef const double *invstd = s.invstd
+    cdef double scale[WIDTH]
+    cdef Py_ssize_t f, size = b.size
+    for f in range(size):
+        scale[f] = gamma[f] * invstd[f]
+    spread(column, scale, g, b)
 
 
 cdef void prepare_normalize(
     floating *columns, const Statistics *s, const floating *beta, const Grid *g, const Block *b,
 ) noexcept nogil:
-    cdef double values[WIDTH]
-    cdef Py_ssize_t f
+    cdef double shift[WIDTH]
+    cdef Py_ssize_t f, size = b.size
     spread_mean(columns, s, g, b)
-    for f in range(b.size):
-        values[f] = s.gamma[f] * s.invstd[f]
-    spread(columns + SCALE * b.pitch, values, g, b)
-    for f in range(b.size):
-        values[f] = 0 if beta == NULL else beta[b.start + f]
-    spread(columns + BETA * b.pitch, values, g, b)
+    spread_scale(columns + SCALE * b.pitch, s, g, b)
+    if beta == NULL:
+        memset(shift, 0, size * sizeof(double))
+    else:
+        beta += b.start
+        for f in range(size):
+            shift[f] = beta[f]
+    spread(columns + BETA * b.pitch, shift, g, b)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Gradients of a block of features
 
-cdef void spread_xhat(real *columns, const Statistics *s, const Grid *g, const Block *b) noexcept nogil:
+cdef void spread_xhat(
+    real *columns, const Statistics *s, const Grid *g, const Block *b,
+) noexcept nogil:
     spread_mean(columns, s, g, b)
     spread(columns + XHAT_SCALE * b.pitch, s.invstd, g, b)
 
 
+cdef inline double power_of_two(double value) noexcept nogil:
+    """The power of two at or below a positive number: to multiply by it rounds nothing."""
+    cdef unsigned long long bits
+    memcpy(&bits, &value, sizeof(bits))
+    bits &= 0x7FF0000000000000ULL
+    memcpy(&value, &bits, sizeof(bits))
+    return value
+
+
+cdef void centre(
+    double *shift, double *scale, const Statistics *s, bint single, const Block *b,
+) noexcept nogil:
+    """What dgamma is summed about, and with which factor, so that hardly a term is rounded on
+    the way."""
+    cdef const double *mean = s.mean
+    cdef const double *var = s.var
+    cdef const double *invstd = s.invstd
+    cdef Py_ssize_t f, size = b.size
+    for f in range(size):
+        shift[f] = coarse(mean[f], sqrt(var[f]))
+        scale[f] = power_of_two(invstd[f])
+    if single:
+        for f in range(size):
+            shift[f] = <float>shift[f]
+
+
+cdef void spread_centre(
+    real *columns, const Statistics *s, bint single, const Grid *g, const Block *b,
+) noexcept nogil:
+    cdef double values[2 * WIDTH]
+    centre(values, values + b.size, s, single, b)
+    spread(columns + CENTRE * b.pitch, values, g, b)
+    spread(columns + CENTRE_SCALE * b.pitch, values + b.size, g, b)
+
+
+cdef void settle_gradients(
+    double *sums, const Statistics *s, bint single, const Block *b,
+) noexcept nogil:
+    """dgamma = sum(dout*xhat) from the sum about the shift; what the shift left of the mean
+    weighs dbeta."""
+    cdef double values[2 * WIDTH]
+    cdef Py_ssize_t f
+    cdef double rest
+    centre(values, values + b.size, s, single, b)
+    for f in range(b.size):
+        rest = (s.mean[f] - values[f]) + s.rest[f]
+        sums[f + b.size] = (sums[f + b.size] / values[f + b.size] - rest * sums[f]) * s.invstd[f]
+
+
 cdef void sum_gradients(
-    double *sums, const floating *dout, const floating *x, const real *columns, const Grid *g, const Block *b,
+    double *sums, const floating *dout, const floating *x, const real *columns, const Grid *g,
+    const Block *b,
 ) noexcept nogil:
     cdef double part[2 * WIDTH]
     cdef Py_ssize_t cell
@@ -680,7 +824,7 @@ cdef void rescue_gradients(
     const Grid *g, const Block *b,
 ) noexcept nogil:
     """Where a float sum overflowed: the same sums with every term in double."""
-    cdef double columns[3 * SCRATCH]
+    cdef double columns[CENTRES * SCRATCH]
     cdef double wide[2 * WIDTH]
     cdef Py_ssize_t i
     cdef bint overflow = False
@@ -688,374 +832,372 @@ cdef void rescue_gradients(
         overflow |= not isfinite(sums[i])
     if not overflow:
         return
-    spread_xhat(columns, s, g, b)
+    spread_centre(columns, s, sizeof(floating) == 4, g, b)
     sum_gradients(wide, dout, x, columns, g, b)
     for i in range(2 * b.size):
         if not isfinite(sums[i]):
             sums[i] = wide[i]
 
 
-cdef inline void store_sums(double *all_sums, const double *sums, const Grid *g, const Block *b) noexcept nogil:
+cdef inline void store_sums(
+    double *all_sums, const double *sums, const Grid *g, const Block *b,
+) noexcept nogil:
     memcpy(all_sums + b.start, sums, b.size * sizeof(double))
     memcpy(all_sums + g.features + b.start, sums + b.size, b.size * sizeof(double))
 
 
-cdef inline void load_sums(double *sums, const double *all_sums, const Grid *g, const Block *b) noexcept nogil:
+cdef inline void load_sums(
+    double *sums, const double *all_sums, const Grid *g, const Block *b,
+) noexcept nogil:
     memcpy(sums, all_sums + b.start, b.size * sizeof(double))
     memcpy(sums + b.size, all_sums + g.features + b.start, b.size * sizeof(double))
 
 
 cdef void prepare_input_gradient(
-    floating *columns, const Statistics *s, const double *sums, double count, const Grid *g, const Block *b,
+    floating *columns, const Statistics *s, const double *sums, double count, const Grid *g, const
+    Block *b,
 ) noexcept nogil:
-    cdef double values[WIDTH]
-    cdef Py_ssize_t f
+    cdef double means[2 * WIDTH]
+    cdef Py_ssize_t f, size = b.size
+    for f in range(2 * size):
+        means[f] = sums[f] / count
     spread_xhat(columns, s, g, b)
-    for f in range(b.size):
-        values[f] = sums[f] / count
-    spread(columns + MEAN_DOUT * b.pitch, values, g, b)
-    for f in range(b.size):
-        values[f] = sums[f + b.size] / count
-    spread(columns + MEAN_PRODUCT * b.pitch, values, g, b)
-    for f in range(b.size):
-        values[f] = s.gamma[f] * s.invstd[f]
-    spread(columns + DX_SCALE * b.pitch, values, g, b)
+    spread(columns + MEAN_DOUT * b.pitch, means, g, b)
+    spread(columns + MEAN_PRODUCT * b.pitch, means + size, g, b)
+    spread_scale(columns + DX_SCALE * b.pitch, s, g, b)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The two passes of the forward over one block, or over one cell of it
+# -------------------------------------------------------------------------------------------------
+# The work of one call and how threads share it. Either each takes blocks of features and makes
+# both passes over a block while its cache holds it; or, where there are few features or blocks
+# outgrow the cache, each takes cells, stretches of rows, and the passes follow each other. The bits
+# are the same.
 
-cdef struct Work:  # what is to be done, and in how many threads
-    bint measure, write, streaming
-    Py_ssize_t size, blocks  # features of a block, how many blocks
-    bint split               # the cells of a block go to different threads
+cdef struct Work:
+    Grid sums, writes        # how the first pass walks, and the second
+    bint measure, write      # which of the passes are to be made
+    int writing              # DIRECT, STREAMING or IN_PLACE
     int threads
+    bint by_cells
+    Py_ssize_t size, blocks  # features of a block, how many blocks
 
 
-cdef Work share(const Grid *g, bint measure, bint write, bint streaming, int threads) noexcept nogil:
+cdef Work share(
+    const Shape *shape, Py_ssize_t itemsize, bint measure, bint write, int writing, int threads,
+) noexcept nogil:
     cdef Work w
-    w.measure, w.write, w.streaming = measure, write, streaming
-    w.threads = threads if g.count * g.features >= SERIAL else 1
-    w.split = w.threads > 1 and g.cells > 1 and (
-        g.times > 1 or g.features * g.each <= NARROW or (g.sheets > 1 and g.features < w.threads))
-    w.size = block_features(g, 1 if w.split else w.threads)
-    w.blocks = ceil_div(g.features, w.size)
+    cdef Py_ssize_t values = shape.outer * shape.features * shape.inner
+    w.sums = plan(shape.outer, shape.features, shape.inner, LANES)
+    w.writes = plan(shape.outer, shape.features, shape.inner, CHUNK)
+    w.measure, w.write, w.writing = measure, write, writing
+    w.threads = threads if values >= SERIAL else 1
+    if is_run(shape.outer, shape.inner):
+        w.by_cells = shape.features < w.threads
+    else:
+        w.by_cells = w.sums.times > 1 or values * itemsize > w.threads * CACHE
+    w.by_cells &= w.threads > 1 and w.sums.cells > 1
+    w.size = block_features(&w.sums, 1 if w.by_cells else w.threads)
+    w.blocks = ceil_div(shape.features, w.size)
     return w
 
 
-cdef void forward_block(
-    floating *y, double *rows, const floating *x, const floating *gamma, const floating *beta, double eps,
-    const Grid *g, const Work *w, Py_ssize_t i,
+cdef inline Block block_of(const Grid *g, const Work *w, Py_ssize_t i) noexcept nogil:
+    return block_at(g, i * w.size, w.size)
+
+
+cdef inline Py_ssize_t ahead_of(
+    const Block *b, const Work *w, Py_ssize_t i, Py_ssize_t itemsize,
 ) noexcept nogil:
-    cdef floating storage[4 * SCRATCH]
-    cdef floating *columns = <floating *>aligned(storage)
-    cdef Block b = block_at(g, i * w.size, w.size)
-    cdef Statistics s = statistics_of(rows, g, &b)
-    cdef Py_ssize_t cell
-    if w.measure:
-        moments_of_block(&s, x, g, &b)
-    describe(&s, gamma, eps, &b)
-    if w.write:
-        prepare_normalize(columns, &s, beta, g, &b)
-        for cell in range(g.cells - 1, -1, -1):
-            normalize_cell(y, x, columns, g, &b, cell, w.streaming)
-        end_streaming()
+    """From a block to the next, if that is to be fetched while this is written: where both fit
+    the cache."""
+    if w.by_cells or i + 1 == w.blocks or b.size * w.writes.count * itemsize > CACHE:
+        return 0
+    return b.size * w.writes.inner
 
 
-cdef void deviations_task(
-    double *parts, double *rows, const floating *x, const Grid *g, const Work *w, Py_ssize_t i,
+cdef double *new_parts(const Work *w) noexcept nogil:
+    """Room for the two sums of every feature of every cell."""
+    return <double *>malloc(w.sums.cells * w.blocks * 2 * w.size * sizeof(double))
+
+
+cdef void merge_parts(
+    double *sums, const double *parts, const Work *w, Py_ssize_t i, const Block *b,
 ) noexcept nogil:
-    cdef floating storage[SCRATCH]
-    cdef floating *shift = <floating *>aligned(storage)
-    cdef Block b = block_at(g, i // g.cells * w.size, w.size)
-    cdef Statistics s = statistics_of(rows, g, &b)
-    spread(shift, s.mean, g, &b)
-    deviations_of_cell(parts + i * 2 * w.size, x, shift, g, &b, i % g.cells)
-
-
-cdef void merge_parts(double *sums, const double *parts, const Grid *g, const Work *w, const Block *b) noexcept nogil:
     cdef Py_ssize_t cell
     memset(sums, 0, 2 * b.size * sizeof(double))
-    for cell in range(g.cells):
-        add_part(sums, parts + (b.start // w.size * g.cells + cell) * 2 * w.size, b)
+    for cell in range(w.sums.cells):
+        add_part(sums, parts + (cell * w.blocks + i) * 2 * w.size, b)
 
 
-cdef void merge_moments(
-    double *parts, double *rows, const floating *x, const Grid *g, const Work *w, Py_ssize_t i,
-) noexcept nogil:
-    cdef double sums[2 * WIDTH]
-    cdef Block b = block_at(g, i * w.size, w.size)
-    cdef Statistics s = statistics_of(rows, g, &b)
-    merge_parts(sums, parts, g, w, &b)
-    moments_of_sums(&s, sums, x, g, &b)
+# -------------------------------------------------------------------------------------------------
+# Forward
+
+cdef void moments_task(double *rows, const floating *x, const Work *w, Py_ssize_t i) noexcept nogil:
+    cdef Block b = block_of(&w.sums, w, i)
+    cdef Statistics s = statistics_of(rows, &w.sums, &b)
+    moments_of_block(&s, x, &w.sums, &b)
 
 
 cdef void normalize_task(
     floating *y, double *rows, const floating *x, const floating *beta,
-    const Grid *g, const Work *w, Py_ssize_t i,
+    const Work *w, Py_ssize_t i, Py_ssize_t first, Py_ssize_t stop,
 ) noexcept nogil:
+    """Cells from the last to the first: it begins on what the first pass left in the cache."""
     cdef floating storage[4 * SCRATCH]
     cdef floating *columns = <floating *>aligned(storage)
-    cdef Block b = block_at(g, i // g.cells * w.size, w.size)
-    cdef Statistics s = statistics_of(rows, g, &b)
-    prepare_normalize(columns, &s, beta, g, &b)
-    normalize_cell(y, x, columns, g, &b, i % g.cells, w.streaming)
+    cdef Block b = block_of(&w.writes, w, i)
+    cdef Statistics s = statistics_of(rows, &w.writes, &b)
+    cdef Py_ssize_t cell
+    b.ahead = ahead_of(&b, w, i, sizeof(floating))
+    prepare_normalize(columns, &s, beta, &w.writes, &b)
+    for cell in range(stop - 1, first - 1, -1):
+        normalize_cell(y, x, columns, &w.writes, &b, cell, w.writing)
     end_streaming()
 
 
-cdef void forward_split(
-    floating *y, double *rows, double *parts, const floating *x,
-    const floating *gamma, const floating *beta, double eps, const Grid *g, const Work *w,
+cdef void describe_task(
+    double *rows, const floating *gamma, double eps, const Work *w, Py_ssize_t i,
 ) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef Block b
-    cdef Statistics s
-    if w.measure:
-        for i in range(w.blocks):
-            b = block_at(g, i * w.size, w.size)
-            s = statistics_of(rows, g, &b)
-            sample_shift(&s, x, g, &b)
-        for i in prange(w.blocks * g.cells, num_threads=w.threads, schedule="static"):
-            deviations_task(parts, rows, x, g, w, i)
-        for i in range(w.blocks):
-            merge_moments(parts, rows, x, g, w, i)
-    b = block_at(g, 0, g.features)
-    s = statistics_of(rows, g, &b)
+    cdef Block b = block_of(&w.sums, w, i)
+    cdef Statistics s = statistics_of(rows, &w.sums, &b)
     describe(&s, gamma, eps, &b)
-    if w.write:
-        for i in prange(w.blocks * g.cells, num_threads=w.threads, schedule="static"):
-            normalize_task(y, rows, x, beta, g, w, i)
 
 
-cdef int forward_pass(
-    floating *y, double *rows, const floating *x, const floating *gamma, const floating *beta, double eps,
-    const Grid *g, const Work *w,
+cdef void forward_block(
+    floating *y, double *rows, const floating *x, const floating *gamma, const floating *beta,
+    double eps, const Work *w, Py_ssize_t i,
 ) noexcept nogil:
+    if w.measure:
+        moments_task(rows, x, w, i)
+    describe_task(rows, gamma, eps, w, i)
+    if w.write:
+        normalize_task(y, rows, x, beta, w, i, 0, w.writes.cells)
+
+
+cdef void shift_task(double *rows, const floating *x, const Work *w, Py_ssize_t i) noexcept nogil:
+    cdef Block b = block_of(&w.sums, w, i)
+    cdef Statistics s = statistics_of(rows, &w.sums, &b)
+    sample_shift(&s, x, &w.sums, &b)
+
+
+cdef void deviations_task(
+    double *parts, double *rows, const floating *x, const Work *w, Py_ssize_t i,
+) noexcept nogil:
+    cdef floating storage[SCRATCH]
+    cdef floating *shift = <floating *>aligned(storage)
+    cdef Block b = block_of(&w.sums, w, i % w.blocks)
+    cdef Statistics s = statistics_of(rows, &w.sums, &b)
+    spread(shift, s.mean, &w.sums, &b)
+    deviations_of_cell(parts + i * 2 * w.size, x, shift, &w.sums, &b, i // w.blocks)
+
+
+cdef void merge_moments(
+    const double *parts, double *rows, const floating *x, const Work *w, Py_ssize_t i,
+) noexcept nogil:
+    cdef double sums[2 * WIDTH]
+    cdef Block b = block_of(&w.sums, w, i)
+    cdef Statistics s = statistics_of(rows, &w.sums, &b)
+    merge_parts(sums, parts, w, i, &b)
+    moments_of_sums(&s, sums, x, &w.sums, &b)
+
+
+cdef int moments_by_cells(double *rows, const floating *x, const Work *w) noexcept nogil:
+    cdef double *parts = new_parts(w)
     cdef Py_ssize_t i
-    cdef double *parts
-    if w.split:
-        parts = <double *>malloc(w.blocks * g.cells * 2 * w.size * sizeof(double))
-        if parts == NULL:
-            return -1
-        forward_split(y, rows, parts, x, gamma, beta, eps, g, w)
-        free(parts)
-    else:
-        for i in prange(w.blocks, num_threads=w.threads, schedule="static", use_threads_if=w.threads > 1):
-            forward_block(y, rows, x, gamma, beta, eps, g, w, i)
+    if parts == NULL:
+        return -1
+    for i in range(w.blocks):
+        shift_task(rows, x, w, i)
+    for i in prange(w.sums.cells * w.blocks, num_threads=w.threads, schedule="static"):
+        deviations_task(parts, rows, x, w, i)
+    for i in range(w.blocks):
+        merge_moments(parts, rows, x, w, i)
+    free(parts)
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------
-# The two passes of the backward, likewise
-
-cdef void backward_block(
-    floating *dx, double *all_sums, double *rows, const floating *dout, const floating *x, double count,
-    const Grid *g, const Work *w, Py_ssize_t i,
+cdef int forward_by_cells(
+    floating *y, double *rows, const floating *x, const floating *gamma, const floating *beta,
+    double eps, const Work *w,
 ) noexcept nogil:
-    cdef floating storage[PARAMETERS * SCRATCH]
-    cdef floating *columns = <floating *>aligned(storage)
-    cdef double sums[2 * WIDTH]
-    cdef Block b = block_at(g, i * w.size, w.size)
-    cdef Statistics s = statistics_of(rows, g, &b)
-    cdef Py_ssize_t cell
-    if w.measure:
-        spread_xhat(columns, &s, g, &b)
-        sum_gradients(sums, dout, x, columns, g, &b)
-        rescue_gradients(sums, &s, dout, x, g, &b)
-        store_sums(all_sums, sums, g, &b)
+    cdef Py_ssize_t i
+    if w.measure and moments_by_cells(rows, x, w):
+        return -1
+    for i in range(w.blocks):
+        describe_task(rows, gamma, eps, w, i)
     if w.write:
-        load_sums(sums, all_sums, g, &b)
-        prepare_input_gradient(columns, &s, sums, count, g, &b)
-        for cell in range(g.cells - 1, -1, -1):
-            input_gradient_cell(dx, dout, x, columns, g, &b, cell, w.streaming)
-        end_streaming()
+        for i in prange(w.writes.cells * w.blocks, num_threads=w.threads, schedule="static"):
+            normalize_task(y, rows, x, beta, w, i % w.blocks, i // w.blocks, i // w.blocks + 1)
+    return 0
 
+
+cdef int forward_of(
+    floating *y, double *statistics, const floating *x, const floating *gamma, const floating *beta,
+    const Shape *shape, double eps, bint measure, bint streaming, int threads,
+) noexcept nogil:
+    cdef int writing = STREAMING if streaming else DIRECT
+    cdef Work w = share(shape, sizeof(floating), measure, y != NULL, writing, threads)
+    cdef Py_ssize_t i
+    if w.by_cells:
+        return forward_by_cells(y, statistics, x, gamma, beta, eps, &w)
+    if w.threads == 1:  # no parallel region of one: it costs, and a forked child has no OpenMP
+        for i in range(w.blocks):
+            forward_block(y, statistics, x, gamma, beta, eps, &w, i)
+    else:
+        for i in prange(w.blocks, num_threads=w.threads, schedule="static"):
+            forward_block(y, statistics, x, gamma, beta, eps, &w, i)
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------
+# Backward, likewise
 
 cdef void gradients_task(
-    double *parts, double *rows, const floating *dout, const floating *x,
-    const Grid *g, const Work *w, Py_ssize_t i,
+    double *all_sums, double *rows, const floating *dout, const floating *x, const Work *w,
+    Py_ssize_t i,
 ) noexcept nogil:
-    cdef floating storage[3 * SCRATCH]
+    cdef floating storage[CENTRES * SCRATCH]
     cdef floating *columns = <floating *>aligned(storage)
-    cdef Block b = block_at(g, i // g.cells * w.size, w.size)
-    cdef Statistics s = statistics_of(rows, g, &b)
-    spread_xhat(columns, &s, g, &b)
-    gradients_of_cell(parts + i * 2 * w.size, dout, x, columns, g, &b, i % g.cells)
-
-
-cdef void merge_gradients(
-    double *all_sums, double *parts, double *rows, const floating *dout, const floating *x,
-    const Grid *g, const Work *w, Py_ssize_t i,
-) noexcept nogil:
     cdef double sums[2 * WIDTH]
-    cdef Block b = block_at(g, i * w.size, w.size)
-    cdef Statistics s = statistics_of(rows, g, &b)
-    merge_parts(sums, parts, g, w, &b)
-    rescue_gradients(sums, &s, dout, x, g, &b)
-    store_sums(all_sums, sums, g, &b)
+    cdef Block b = block_of(&w.sums, w, i)
+    cdef Statistics s = statistics_of(rows, &w.sums, &b)
+    spread_centre(columns, &s, sizeof(floating) == 4, &w.sums, &b)
+    sum_gradients(sums, dout, x, columns, &w.sums, &b)
+    rescue_gradients(sums, &s, dout, x, &w.sums, &b)
+    settle_gradients(sums, &s, sizeof(floating) == 4, &b)
+    store_sums(all_sums, sums, &w.sums, &b)
 
 
 cdef void input_gradient_task(
-    floating *dx, double *all_sums, double *rows, const floating *dout, const floating *x, double count,
-    const Grid *g, const Work *w, Py_ssize_t i,
+    floating *dx, const double *all_sums, double *rows, const floating *dout, const floating *x,
+    double count, const Work *w, Py_ssize_t i, Py_ssize_t first, Py_ssize_t stop,
 ) noexcept nogil:
     cdef floating storage[PARAMETERS * SCRATCH]
     cdef floating *columns = <floating *>aligned(storage)
     cdef double sums[2 * WIDTH]
-    cdef Block b = block_at(g, i // g.cells * w.size, w.size)
-    cdef Statistics s = statistics_of(rows, g, &b)
-    load_sums(sums, all_sums, g, &b)
-    prepare_input_gradient(columns, &s, sums, count, g, &b)
-    input_gradient_cell(dx, dout, x, columns, g, &b, i % g.cells, w.streaming)
+    cdef Block b = block_of(&w.writes, w, i)
+    cdef Statistics s = statistics_of(rows, &w.writes, &b)
+    cdef Py_ssize_t cell
+    load_sums(sums, all_sums, &w.writes, &b)
+    b.ahead = ahead_of(&b, w, i, 2 * sizeof(floating))
+    prepare_input_gradient(columns, &s, sums, count, &w.writes, &b)
+    for cell in range(stop - 1, first - 1, -1):
+        input_gradient_cell(dx, dout, x, columns, &w.writes, &b, cell, w.writing)
     end_streaming()
 
 
-cdef void backward_split(
-    floating *dx, double *all_sums, double *parts, double *rows, const floating *dout, const floating *x,
-    double count, const Grid *g, const Work *w,
+cdef void backward_block(
+    floating *dx, double *all_sums, double *rows, const floating *dout, const floating *x, double
+    count, const Work *w, Py_ssize_t i,
+) noexcept nogil:
+    if w.measure:
+        gradients_task(all_sums, rows, dout, x, w, i)
+    if w.write:
+        input_gradient_task(dx, all_sums, rows, dout, x, count, w, i, 0, w.writes.cells)
+
+
+cdef void gradient_parts_task(
+    double *parts, double *rows, const floating *dout, const floating *x, const Work *w,
+    Py_ssize_t i,
+) noexcept nogil:
+    cdef floating storage[CENTRES * SCRATCH]
+    cdef floating *columns = <floating *>aligned(storage)
+    cdef Block b = block_of(&w.sums, w, i % w.blocks)
+    cdef Statistics s = statistics_of(rows, &w.sums, &b)
+    spread_centre(columns, &s, sizeof(floating) == 4, &w.sums, &b)
+    gradients_of_cell(parts + i * 2 * w.size, dout, x, columns, &w.sums, &b, i // w.blocks)
+
+
+cdef void merge_gradients(
+    double *all_sums, const double *parts, double *rows, const floating *dout, const floating *x,
+    const Work *w, Py_ssize_t i,
+) noexcept nogil:
+    cdef double sums[2 * WIDTH]
+    cdef Block b = block_of(&w.sums, w, i)
+    cdef Statistics s = statistics_of(rows, &w.sums, &b)
+    merge_parts(sums, parts, w, i, &b)
+    rescue_gradients(sums, &s, dout, x, &w.sums, &b)
+    settle_gradients(sums, &s, sizeof(floating) == 4, &b)
+    store_sums(all_sums, sums, &w.sums, &b)
+
+
+cdef int gradients_by_cells(
+    double *all_sums, double *rows, const floating *dout, const floating *x, const Work *w,
+) noexcept nogil:
+    cdef double *parts = new_parts(w)
+    cdef Py_ssize_t i
+    if parts == NULL:
+        return -1
+    for i in prange(w.sums.cells * w.blocks, num_threads=w.threads, schedule="static"):
+        gradient_parts_task(parts, rows, dout, x, w, i)
+    for i in range(w.blocks):
+        merge_gradients(all_sums, parts, rows, dout, x, w, i)
+    free(parts)
+    return 0
+
+
+cdef int backward_by_cells(
+    floating *dx, double *all_sums, double *rows, const floating *dout, const floating *x, double
+    count, const Work *w,
 ) noexcept nogil:
     cdef Py_ssize_t i
-    if w.measure:
-        for i in prange(w.blocks * g.cells, num_threads=w.threads, schedule="static"):
-            gradients_task(parts, rows, dout, x, g, w, i)
-        for i in range(w.blocks):
-            merge_gradients(all_sums, parts, rows, dout, x, g, w, i)
+    if w.measure and gradients_by_cells(all_sums, rows, dout, x, w):
+        return -1
     if w.write:
-        for i in prange(w.blocks * g.cells, num_threads=w.threads, schedule="static"):
-            input_gradient_task(dx, all_sums, rows, dout, x, count, g, w, i)
+        for i in prange(w.writes.cells * w.blocks, num_threads=w.threads, schedule="static"):
+            input_gradient_task(
+                dx, all_sums, rows, dout, x, count,
+                w, i % w.blocks, i // w.blocks, i // w.blocks + 1)
+    return 0
 
 
-cdef inline void store_gradient(floating *gradient, const double *sums, Py_ssize_t features) noexcept nogil:
+cdef int backward_passes(
+    floating *dx, double *all_sums, double *rows, const floating *dout, const floating *x, double
+    count, const Work *w,
+) noexcept nogil:
+    cdef Py_ssize_t i
+    if w.by_cells:
+        return backward_by_cells(dx, all_sums, rows, dout, x, count, w)
+    if w.threads == 1:
+        for i in range(w.blocks):
+            backward_block(dx, all_sums, rows, dout, x, count, w, i)
+    else:
+        for i in prange(w.blocks, num_threads=w.threads, schedule="static"):
+            backward_block(dx, all_sums, rows, dout, x, count, w, i)
+    return 0
+
+
+cdef inline void store_gradient(
+    floating *gradient, const double *sums, Py_ssize_t features,
+) noexcept nogil:
     cdef Py_ssize_t f
     if gradient != NULL:
         for f in range(features):
             gradient[f] = <floating>sums[f]
 
 
-cdef int backward_pass(
-    floating *dx, floating *dgamma, floating *dbeta, double *all_sums, double *rows, const floating *dout, const floating *x, double count,
-    const Grid *g, const Work *w,
+cdef int backward_of(
+    floating *dx, floating *dgamma, floating *dbeta, double *sums, double *statistics,
+    const floating *dout, const floating *x,
+    const Shape *shape, double count, bint measure, bint streaming, int threads,
 ) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef double *parts
-    if w.split:
-        parts = <double *>malloc(w.blocks * g.cells * 2 * w.size * sizeof(double))
-        if parts == NULL:
-            return -1
-        backward_split(dx, all_sums, parts, rows, dout, x, count, g, w)
-        free(parts)
-    else:
-        for i in prange(w.blocks, num_threads=w.threads, schedule="static", use_threads_if=w.threads > 1):
-            backward_block(dx, all_sums, rows, dout, x, count, g, w, i)
-    store_gradient(dbeta, all_sums, g.features)
-    store_gradient(dgamma, all_sums + g.features, g.features)
+    cdef int writing = STREAMING if streaming else IN_PLACE if dx == dout else DIRECT
+    cdef Work w = share(shape, sizeof(floating), measure, dx != NULL, writing, threads)
+    if backward_passes(dx, sums, statistics, dout, x, count, &w):
+        return -1
+    store_gradient(dbeta, sums, shape.features)
+    store_gradient(dgamma, sums + shape.features, shape.features)
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------
-# What Python calls. The caller has checked and allocated: arrays of the batch's size fill their memory in
-# one layout, which is (outer, features, inner) to the kernels; the others are contiguous. Their memory is
-# taken as raw buffers: typed memoryviews of the arguments, and the reshaped arrays that they would need,
-# take longer than the arithmetic of a small batch.
+# -------------------------------------------------------------------------------------------------
+# What the package calls: float or double behind one signature
 
-cdef struct Memory:  # the arrays of one call
-    Py_buffer views[7]
-    int held
+cdef Kernels[2] TABLE
+TABLE[0].forward = <Forward>forward_of[float]
+TABLE[0].backward = <Backward>backward_of[float]
+TABLE[1].forward = <Forward>forward_of[double]
+TABLE[1].backward = <Backward>backward_of[double]
 
-
-cdef inline void *hold(Memory *memory, array) except? NULL:
-    """The first byte of an array, until `release`; NULL for None."""
-    if array is None:
-        return NULL
-    PyObject_GetBuffer(array, &memory.views[memory.held], PyBUF_STRIDES)
-    memory.held += 1
-    return memory.views[memory.held - 1].buf
-
-
-cdef inline void release(Memory *memory) noexcept:
-    while memory.held:
-        memory.held -= 1
-        PyBuffer_Release(&memory.views[memory.held])
-
-
-def forward(
-    y, statistics, x, gamma, beta, Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, bint single,
-    double eps, bint measure, bint streaming, int threads,
-):
-    """Moments of x (without `measure`: those that statistics holds), then y unless it is None."""
-    cdef Grid g = plan(outer, features, inner)
-    cdef Work w = share(&g, measure, y is not None, streaming, threads)
-    cdef Memory memory
-    cdef void *to
-    cdef void *data
-    cdef void *scale
-    cdef void *shift
-    cdef double *rows
-    cdef int status
-    memory.held = 0
-    try:
-        to, rows, data = hold(&memory, y), <double *>hold(&memory, statistics), hold(&memory, x)
-        scale, shift = hold(&memory, gamma), hold(&memory, beta)
-        with nogil:
-            if single:
-                status = forward_pass(
-                    <float *>to, rows, <float *>data, <float *>scale, <float *>shift, eps, &g, &w)
-            else:
-                status = forward_pass(
-                    <double *>to, rows, <double *>data, <double *>scale, <double *>shift, eps, &g, &w)
-    finally:
-        release(&memory)
-    if status:
-        raise MemoryError
-
-
-def backward(
-    dx, dgamma, dbeta, sums, statistics, dout, x,
-    Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, bint single,
-    double count, bint measure, bint streaming, int threads,
-):
-    """The sums of dout and of dout*xhat (without `measure`: those given), then dx, dgamma and dbeta unless None.
-
-    Frozen statistics do not depend on x: they are those of infinitely many values, count = inf.
-    """
-    cdef Grid g = plan(outer, features, inner)
-    cdef Work w = share(&g, measure, dx is not None, streaming, threads)
-    cdef Memory memory
-    cdef void *to
-    cdef void *data
-    cdef void *upstream
-    cdef void *scale
-    cdef void *shift
-    cdef double *both
-    cdef double *rows
-    cdef int status
-    memory.held = 0
-    try:
-        to, scale, shift = hold(&memory, dx), hold(&memory, dgamma), hold(&memory, dbeta)
-        both, rows = <double *>hold(&memory, sums), <double *>hold(&memory, statistics)
-        upstream, data = hold(&memory, dout), hold(&memory, x)
-        with nogil:
-            if single:
-                status = backward_pass(
-                    <float *>to, <float *>scale, <float *>shift, both, rows,
-                    <float *>upstream, <float *>data, count, &g, &w)
-            else:
-                status = backward_pass(
-                    <double *>to, <double *>scale, <double *>shift, both, rows,
-                    <double *>upstream, <double *>data, count, &g, &w)
-    finally:
-        release(&memory)
-    if status:
-        raise MemoryError
-
-
-def update_running(
-    double[::1] running_mean, double[::1] running_var, const double[::1] statistics,
-    double momentum, double correction,
-):
-    """running += momentum*(batch - running), the batch's variance times the correction n/(n - 1) or 1."""
-    cdef Py_ssize_t f, features = running_mean.shape[0]
-    with nogil:
-        for f in range(features):
-            running_mean[f] += momentum * (statistics[MEAN * features + f] - running_mean[f])
-            running_var[f] += momentum * (correction * statistics[VAR * features + f] - running_var[f])
+KERNELS = PyCapsule_New(TABLE, "bn_cy.Kernels", NULL)
+FLAGS = C_FLAGS.decode()  # what the compiler was told for this variant

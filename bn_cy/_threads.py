@@ -15,8 +15,9 @@ def set_num_threads(n):
     Parameters
     ----------
     n : int or None
-        At least 1. More than there are processors is allowed and changes no result, as no number of threads
-        does. None goes back to what OpenMP says at each call (OMP_NUM_THREADS, threadpoolctl).
+        At least 1. More than there are processors is allowed and changes no result, as no
+        number of threads does. None goes back to what OpenMP says at each call
+        (OMP_NUM_THREADS, threadpoolctl).
 
     Raises
     ------
@@ -50,9 +51,9 @@ def get_num_threads():
     Returns
     -------
     int
-        What `set_num_threads` asked for, else what OpenMP says now for the calling thread (from OMP_NUM_THREADS,
-        the processors this process may use, or threadpoolctl). 1 without OpenMP, and in a child that was forked:
-        an OpenMP runtime does not survive a fork.
+        What `set_num_threads` asked for, else what OpenMP says now for the calling thread (from
+        OMP_NUM_THREADS, the processors this process may use, or threadpoolctl). 1 without
+        OpenMP, and in a child that was forked: an OpenMP runtime does not survive a fork.
 
     Examples
     --------

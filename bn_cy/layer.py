@@ -1,9 +1,9 @@
-"""`BatchNorm`: batch normalization as a layer, with its parameters, running statistics and modes."""
+"""`BatchNorm`: batch normalization as a layer, with parameters, running statistics and modes."""
 
 import numpy as np
 
 from bn_cy import functional
-from bn_cy._dispatch import kernels
+from bn_cy._layout import as_float_dtype, as_index, as_real
 
 __all__ = ["BatchNorm"]
 
@@ -26,8 +26,8 @@ def _entry(store, name, doc):
 class BatchNorm:
     """Batch normalization as a layer of a NumPy network.
 
-    In training it normalizes by the statistics of the batch and updates the running ones; in eval mode it
-    normalizes by these. New layers are in training mode.
+    In training it normalizes by the statistics of the batch and updates the running ones; in
+    eval mode it normalizes by these. New layers are in training mode.
 
     Parameters
     ----------
@@ -36,15 +36,15 @@ class BatchNorm:
     eps : float, optional
         Added to the variance.
     momentum : float or None, optional
-        Weight of the new batch in the running statistics, from 0 to 1 (PyTorch's meaning: its 0.1 is the
-        0.9 of Keras and ONNX). None: all batches weigh alike.
+        Weight of the new batch in the running statistics, from 0 to 1 (PyTorch's meaning: its
+        0.1 is the 0.9 of Keras and ONNX). None: all batches weigh alike.
     scale, shift : bool, optional
         Whether there is a `gamma`, and a `beta`.
     track_running_stats : bool, optional
         False: no running statistics; eval normalizes by those of the batch, too.
     unbiased : bool, optional
-        Whether the running variance is divided by n - 1 (as PyTorch does) rather than by n (as Keras,
-        Flax and ONNX do).
+        Whether the running variance is divided by n - 1 (as PyTorch does) rather than by n (as
+        Keras, Flax and ONNX do).
     axis : int, optional
         The feature axis of the input.
     dtype : dtype, optional
@@ -53,8 +53,8 @@ class BatchNorm:
     Attributes
     ----------
     params, grads : dict
-        ``{"gamma": ..., "beta": ...}`` as far as present, for an optimizer: update the arrays of `params`
-        in place. `grads` is filled by `backward`, None before.
+        ``{"gamma": ..., "beta": ...}`` as far as present, for an optimizer: update the arrays
+        of `params` in place. `grads` is filled by `backward`, None before.
     gamma, beta, dgamma, dbeta : array of shape (num_features,) or None
         The same, one by one.
     running_mean, running_var : float64 array of shape (num_features,) or None
@@ -71,7 +71,8 @@ class BatchNorm:
 
     Notes
     -----
-    S. Ioffe and C. Szegedy, *Batch Normalization*, 2015. Pickles and copies leave out the cached batch.
+    S. Ioffe and C. Szegedy, *Batch Normalization*, 2015. Pickles and copies leave out the
+    cached batch.
 
     Examples
     --------
@@ -102,15 +103,15 @@ class BatchNorm:
         axis=1,
         dtype=np.float32,
     ):
-        self.num_features = functional.as_index("num_features", num_features)
+        self.num_features = as_index("num_features", num_features)
         if self.num_features < 1:
             raise ValueError(f"num_features must be at least 1, got {num_features}")
-        functional.check_eps(eps)
+        functional.checked_eps(eps)
         self.eps = eps
         self.momentum = checked_momentum(momentum)
         self.unbiased = bool(unbiased)
-        self.axis = functional.as_index("axis", axis)
-        self.dtype = functional.as_float_dtype("dtype", dtype)
+        self.axis = as_index("axis", axis)
+        self.dtype = as_float_dtype("dtype", dtype)
         self.training = True
         self.params = {}
         if scale:
@@ -151,14 +152,17 @@ class BatchNorm:
         Raises
         ------
         TypeError, ValueError
-            As `batchnorm_forward`, and if the number of features does not fit. The layer is unchanged.
+            As `batchnorm_forward`, and if the number of features does not fit. The layer is
+            unchanged.
         """
         x = np.asarray(x)
         self._check_features(x)
         gamma, beta = self.params.get("gamma"), self.params.get("beta")
         if self.training or self.running_mean is None:
-            y, cache = functional.batchnorm_forward(x, gamma, beta, self.eps, axis=self.axis, out=out)
-            if self.training and self.running_mean is not None and cache.layout.size:
+            y, cache = functional.batchnorm_forward(
+                x, gamma, beta, self.eps, axis=self.axis, out=out
+            )
+            if self.training and self.running_mean is not None and not cache.empty:
                 self._track(cache)
         else:
             y, cache = functional.frozen_forward(
@@ -234,8 +238,8 @@ class BatchNorm:
         Returns
         -------
         dict
-            ``weight``, ``bias``, ``running_mean``, ``running_var`` and ``num_batches_tracked``, as far as
-            the layer has them.
+            ``weight``, ``bias``, ``running_mean``, ``running_var`` and ``num_batches_tracked``,
+            as far as the layer has them.
         """
         state = {name: array.copy() for name, array in self._state_arrays().items()}
         if self.track_running_stats:
@@ -243,7 +247,7 @@ class BatchNorm:
         return state
 
     def load_state_dict(self, state):
-        """Load what `state_dict` returned, or that of a ``torch.nn.BatchNorm*d``: all of it or nothing.
+        """Load what `state_dict` of this class or of ``torch.nn.BatchNorm*d`` gave: all or nothing.
 
         Parameters
         ----------
@@ -281,16 +285,20 @@ class BatchNorm:
         )
 
     def _check_features(self, x):
-        if x.ndim >= 2 and -x.ndim <= self.axis < x.ndim and x.shape[self.axis] != self.num_features:
+        if (
+            x.ndim >= 2
+            and -x.ndim <= self.axis < x.ndim
+            and x.shape[self.axis] != self.num_features
+        ):
             raise ValueError(
-                f"x must have {self.num_features} features along axis {self.axis}, got shape {x.shape}"
+                f"x must have {self.num_features} features along axis {self.axis}, "
+                f"got shape {x.shape}"
             )
 
     def _track(self, cache):
         self.num_batches_tracked += 1
         momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        correction = cache.count / (cache.count - 1) if self.unbiased else 1.0
-        kernels.update_running(self.running_mean, self.running_var, cache.statistics, momentum, correction)
+        cache.update_running(self.running_mean, self.running_var, momentum, self.unbiased)
 
     def _state_arrays(self):
         arrays = {
@@ -317,7 +325,7 @@ def checked_momentum(momentum):
 
 def loaded_array(name, value, current):
     """Return a value of a state as an array that fits the layer's own."""
-    array = functional.as_real(name, value).astype(current.dtype)
+    array = as_real(name, value).astype(current.dtype)
     if array.shape != current.shape:
         raise ValueError(f"{name} must have shape {current.shape}, got {array.shape}")
     return array
@@ -325,7 +333,7 @@ def loaded_array(name, value, current):
 
 def loaded_count(value):
     """Return num_batches_tracked as an int."""
-    array = functional.as_real("num_batches_tracked", value)
+    array = as_real("num_batches_tracked", value)
     if array.size != 1 or not array >= 0 or array % 1 != 0:
         raise ValueError(f"num_batches_tracked must be one integer, 0 or more, got {value!r}")
     return int(array)

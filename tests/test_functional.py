@@ -200,6 +200,15 @@ def test_parameters_of_another_precision(rng):
     check_both(x, dout, gamma, beta, 1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swapped_bytes(rng, dtype):
+    x, dout, gamma, beta = draw(rng, (50, 6), 1, dtype)
+    swapped = [array.astype(array.dtype.newbyteorder()) for array in (x, gamma, beta, dout)]
+    y, cache = batchnorm_forward(*swapped[:3])
+    check_forward(y, x, gamma, beta, 1e-5, 1)
+    check_backward(batchnorm_backward(swapped[3], cache), dout, x, gamma, beta, 1e-5, 1)
+
+
 def test_strided_parameters(rng):
     x, dout, _, _ = draw(rng, (50, 6), 1, np.float64)
     values = rng.uniform(0.5, 2, (6, 2))
@@ -293,8 +302,9 @@ def test_backward_into_memory_that_overlaps_dout(rng):
 
 
 @pytest.mark.parametrize("part", [np.s_[:], np.s_[::-1], np.s_[:, ::-1]])
-def test_forward_output_may_not_share_memory_with_x(rng, part):
-    x = exact.ordinary(rng, (20, 5))
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "read_only"])
+def test_forward_output_may_not_share_memory_with_x(rng, layout, part):
+    x = LAYOUTS[layout](exact.ordinary(rng, (20, 5)))
     kept = x.copy()
     with refused(ValueError, "out", "x"):
         batchnorm_forward(x, out=x[part])
@@ -526,6 +536,7 @@ def test_pieces_of_an_empty_batch():
     assert normalize(x, np.zeros(5), np.ones(5)).shape == (0, 5)
     sums = gradient_sums(x, x, np.zeros(5), np.ones(5))
     np.testing.assert_array_equal(sums, np.zeros((2, 5)))
+    assert input_gradient(x, x, mean, var, None, 1e-5, *sums, count).shape == (0, 5)
 
 
 # The cache

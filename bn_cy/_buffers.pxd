@@ -1,0 +1,9 @@
+cdef class Block:
+    cdef void *raw
+    cdef char *start
+    cdef readonly size_t size
+
+
+cdef class Buffer:
+    cdef Block block
+    cdef object pool

@@ -1,0 +1,37 @@
+# The compiled loops as a table of C functions, the same for every instruction-set variant.
+#
+# A batch fills one stretch of memory that is (outer, features, inner) in C order. `statistics`
+# holds rows of `features` doubles, in the order of the enum; forward leaves it for backward. Every
+# function may be called without the GIL and returns 0, or -1 where there was no memory.
+
+cdef enum:
+    MEAN        # before the mean is known: the shift
+    REST        # what a double mean leaves over: the mean is MEAN + REST
+    VAR
+    INVSTD
+    GAMMA
+    STATISTICS  # how many rows
+
+
+cdef struct Shape:
+    Py_ssize_t outer, features, inner
+
+
+# Moments of x (without `measure`: those that statistics holds), then y unless it is NULL.
+# gamma and beta may be NULL.
+ctypedef int (*Forward)(
+    void *y, double *statistics, const void *x, const void *gamma, const void *beta,
+    const Shape *shape, double eps, bint measure, bint streaming, int threads) noexcept nogil
+
+# sums: of dout, then of dout*xhat (without `measure`: those given); then dx, dgamma and dbeta
+# unless NULL. Frozen statistics do not depend on x: they are those of infinitely many values, count
+# = inf.
+ctypedef int (*Backward)(
+    void *dx, void *dgamma, void *dbeta, double *sums, double *statistics,
+    const void *dout, const void *x,
+    const Shape *shape, double count, bint measure, bint streaming, int threads) noexcept nogil
+
+
+cdef struct Kernels:  # one for float, one for double
+    Forward forward
+    Backward backward

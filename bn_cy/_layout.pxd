@@ -1,0 +1,35 @@
+from bn_cy._kernels cimport Shape
+
+
+cdef struct Memory:  # the arrays that one call has taken hold of
+    Py_buffer views[8]
+    int held
+
+
+cdef Py_buffer *hold(Memory *memory, array) except NULL
+cdef void release(Memory *memory) noexcept
+
+
+cdef class Batch:
+    cdef Py_buffer view
+    cdef bint held
+    cdef readonly object array
+    cdef readonly Py_ssize_t count, size, nbytes
+    cdef Shape shape
+    cdef int axis
+    cdef bint double_precision, c_ordered
+
+    cdef void see(self) except *
+    cdef object dtype(self)
+    cdef object empty(self)
+    cdef bint is_like(self, const Py_buffer *view) noexcept
+    cdef int check_shape(self, str name, array, const Py_buffer *view) except -1
+    cdef const void *gradient(self, Memory *memory, dout) except NULL
+    cdef object target(self, out)
+    cdef const void *parameter(self, Memory *memory, str name, values) except? NULL
+    cdef int row(self, double *to, str name, values) except -1
+
+
+cdef as_array(values)
+cdef bint is_same(a, b) except -1
+cdef Batch batch_of(x, axis)

@@ -1,0 +1,343 @@
+"""Arrays as the kernels take them: checked, their memory held, seen as (outer, features, inner).
+
+An array whose values fill one stretch of memory in the order of some permutation of its axes (C and
+Fortran order, an NCHW view of NHWC data) is taken as it is. Anything else is copied once.
+
+All of this is C behind Python: looking at five arrays through NumPy's attributes takes longer
+than the batch norm of a small batch. It needs the buffer protocol alone.
+"""
+
+import operator
+
+import numpy as np
+
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport uintptr_t
+
+from bn_cy._buffers cimport Buffer
+
+cdef enum:
+    RECYCLED = 1 << 18  # bytes from which an output comes from the pool; below, malloc is faster
+    DIMENSIONS = 64     # more than an array can have
+
+cdef object ndarray = np.ndarray
+cdef object new_array = np.empty
+cdef object FLOAT32 = np.dtype(np.float32)
+cdef object FLOAT64 = np.dtype(np.float64)
+
+
+cdef Py_buffer *hold(Memory *memory, array) except NULL:
+    """Take hold of an array's memory until `release`."""
+    cdef Py_buffer *view = &memory.views[memory.held]
+    see_array(view, array)
+    memory.held += 1
+    return view
+
+
+cdef void release(Memory *memory) noexcept:
+    while memory.held:
+        memory.held -= 1
+        PyBuffer_Release(&memory.views[memory.held])
+
+
+cdef int see_array(Py_buffer *view, array) except -1:
+    try:
+        PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_FORMAT)
+    except (ValueError, BufferError):  # a dtype without a buffer, as that of dates
+        raise TypeError(f"expected an array of float32 or float64, got {array.dtype}") from None
+    return 0
+
+
+cdef inline char kind_of(const Py_buffer *view) noexcept:
+    """'f' or 'd' for native float32 or float64; 0 for anything else."""
+    cdef const char *kind = view.format
+    if kind[0] in b"=^":  # as NumPy marks arrays that are not aligned
+        kind += 1
+    return kind[0] if kind[0] in b"fd" and kind[1] == 0 else 0
+
+
+cdef inline bint is_aligned(const Py_buffer *view) noexcept:
+    return <uintptr_t>view.buf % <uintptr_t>view.itemsize == 0
+
+
+cdef bint fills_memory(const Py_buffer *view, int *order) noexcept:
+    """Sort the axes from the slowest to the fastest; tell whether they follow each other
+    without a gap."""
+    cdef Py_ssize_t expected = view.itemsize
+    cdef int i, k
+    for i in range(view.ndim):
+        k = i
+        while k > 0 and view.strides[order[k - 1]] < view.strides[i]:
+            order[k] = order[k - 1]
+            k -= 1
+        order[k] = i
+    for k in range(view.ndim - 1, -1, -1):
+        i = order[k]
+        if view.shape[i] != 1 and view.strides[i] != expected:
+            return False
+        expected *= view.shape[i]
+    return True
+
+
+cdef native(name, array):
+    """A C-ordered copy in the processor's byte order; TypeError if the dtype is no float32 or
+    float64."""
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
+        raise TypeError(f"{name} must be of float32 or float64, got {array.dtype}")
+    return np.array(array, FLOAT32 if array.dtype.itemsize == 4 else FLOAT64, order="C")
+
+
+cdef as_array(values):
+    return values if type(values) is ndarray else np.asarray(values)
+
+
+def as_real(name, values):
+    """Return an array of real numbers."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be of real numbers, got {array.dtype}")
+    return array
+
+
+def check_apart(out, array, message):
+    """Refuse an `out` that shares memory with an array."""
+    cdef Memory memory
+    cdef bint apart
+    memory.held = 0
+    try:
+        apart = are_apart(hold(&memory, out), hold(&memory, array))
+    finally:
+        release(&memory)
+    if not apart and np.shares_memory(out, array):
+        raise ValueError(message)
+
+
+cdef bint is_same(a, b) except -1:
+    """Tell whether two arrays of one dtype are the same memory, seen alike."""
+    cdef Memory memory
+    cdef Py_buffer *first
+    cdef Py_buffer *second
+    cdef bint same
+    cdef int i
+    memory.held = 0
+    try:
+        first, second = hold(&memory, a), hold(&memory, b)
+        same = first.buf == second.buf and first.ndim == second.ndim
+        if same:
+            for i in range(first.ndim):
+                same &= first.shape[i] == second.shape[i] and first.strides[i] == second.strides[i]
+    finally:
+        release(&memory)
+    return same
+
+
+cdef bint are_apart(const Py_buffer *a, const Py_buffer *b) noexcept:
+    cdef uintptr_t a_start, a_stop, b_start, b_stop
+    find_extent(a, &a_start, &a_stop)
+    find_extent(b, &b_start, &b_stop)
+    return a_stop <= b_start or b_stop <= a_start
+
+
+cdef void find_extent(const Py_buffer *view, uintptr_t *start, uintptr_t *stop) noexcept:
+    cdef Py_ssize_t reach
+    cdef int i
+    start[0] = <uintptr_t>view.buf
+    stop[0] = start[0] + view.itemsize
+    for i in range(view.ndim):
+        reach = (view.shape[i] - 1) * view.strides[i]
+        if reach > 0:
+            stop[0] += reach
+        else:
+            start[0] += reach
+
+
+cdef class Batch:
+    """The batch x, held as long as this object lives; what goes with it is checked against it.
+
+    Attributes
+    ----------
+    array : ndarray
+        x itself, or its copy.
+    count, size, nbytes : int
+        Values of a feature, values and bytes altogether.
+    """
+
+    def __dealloc__(self):
+        if self.held:
+            PyBuffer_Release(&self.view)
+
+    cdef void see(self) except *:
+        """Take hold of the array, or of a copy where the kernels cannot take it as it is."""
+        cdef int order[DIMENSIONS]
+        cdef int k, at
+        see_array(&self.view, self.array)
+        self.held = True
+        if (
+            kind_of(&self.view) == 0
+            or not is_aligned(&self.view)
+            or not fills_memory(&self.view, order)
+        ):
+            self.held = False
+            PyBuffer_Release(&self.view)
+            self.array = native("x", self.array)
+            see_array(&self.view, self.array)
+            self.held = True
+            fills_memory(&self.view, order)
+        self.double_precision = kind_of(&self.view) == b"d"
+        self.c_ordered = True
+        self.shape.outer = self.shape.inner = 1
+        self.shape.features = self.view.shape[self.axis]
+        at = -1
+        for k in range(self.view.ndim):
+            self.c_ordered &= order[k] == k
+            if order[k] == self.axis:
+                at = k
+            elif at < 0:
+                self.shape.outer *= self.view.shape[order[k]]
+            else:
+                self.shape.inner *= self.view.shape[order[k]]
+        self.count = self.shape.outer * self.shape.inner
+        self.size = self.count * self.shape.features
+        self.nbytes = self.size * self.view.itemsize
+
+    cdef object dtype(self):
+        return FLOAT64 if self.double_precision else FLOAT32
+
+    cdef object empty(self):
+        """A new array of the shape, dtype and memory order of x, not filled."""
+        if self.nbytes >= RECYCLED:
+            memory = Buffer(self.nbytes)
+            return ndarray(self.array.shape, self.dtype(), memory, 0, self.array.strides)
+        if self.c_ordered:
+            return new_array(self.array.shape, self.dtype())
+        return np.empty_like(self.array, subok=False)
+
+    cdef bint is_like(self, const Py_buffer *view) noexcept:
+        """Tell whether an array of x's shape has its memory order, too."""
+        cdef int i
+        for i in range(view.ndim):
+            if view.strides[i] != self.view.strides[i] and view.shape[i] != 1:
+                return False
+        return is_aligned(view)
+
+    cdef int check_shape(self, str name, array, const Py_buffer *view) except -1:
+        cdef bint fits = view.ndim == self.view.ndim and kind_of(view) == kind_of(&self.view)
+        cdef int i
+        if fits:
+            for i in range(view.ndim):
+                fits &= view.shape[i] == self.view.shape[i]
+        if not fits:
+            raise ValueError(
+                f"{name} must have the shape {self.array.shape} and dtype {self.dtype()} of x, "
+                f"got {array.shape} and {array.dtype}"
+            )
+        return 0
+
+    cdef const void *gradient(self, Memory *memory, dout) except NULL:
+        """The memory of dout, or of a copy in x's memory order."""
+        cdef Py_buffer *view
+        dout = as_array(dout)
+        view = hold(memory, dout)
+        if kind_of(view) == 0:
+            dout = native("dout", dout)
+            view = hold(memory, dout)
+        self.check_shape("dout", dout, view)
+        if not self.is_like(view):
+            copy = self.empty()
+            copy[...] = dout
+            view = hold(memory, copy)
+        return view.buf
+
+    cdef object target(self, out):
+        """What the kernels write: `out`, or an array to be copied into it; a new one for None."""
+        cdef Memory memory
+        cdef bint direct
+        if out is None:
+            return self.empty()
+        if not isinstance(out, ndarray):
+            raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
+        if not out.flags.writeable:
+            raise ValueError("out must be writable, got a read-only array")
+        memory.held = 0
+        try:
+            self.check_shape("out", out, hold(&memory, out))
+            direct = self.is_like(&memory.views[0])
+        finally:
+            release(&memory)
+        return out if direct else self.empty()
+
+    cdef const void *parameter(self, Memory *memory, str name, values) except? NULL:
+        """The memory of one value per feature, of x's dtype; NULL for None."""
+        cdef Py_buffer *view
+        if values is None:
+            return NULL
+        if type(values) is not ndarray:
+            values = as_real(name, values)
+        view = hold(memory, values)
+        if view.ndim != 1 or kind_of(view) != kind_of(&self.view) or not is_contiguous(view):
+            values = np.array(as_real(name, values), self.dtype(), order="C")
+            view = hold(memory, values)
+        if view.ndim != 1 or view.shape[0] != self.shape.features:
+            raise ValueError(
+                f"{name} must have shape ({self.shape.features},), one value per feature, "
+                f"got {values.shape}"
+            )
+        return view.buf
+
+    cdef int row(self, double *to, str name, values) except -1:
+        """Copy one float64 value per feature."""
+        cdef const double[:] row
+        array = np.asarray(as_real(name, values), FLOAT64)
+        if array.shape != (self.shape.features,):
+            raise ValueError(
+                f"{name} must have shape ({self.shape.features},), one value per feature, "
+                f"got {array.shape}"
+            )
+        row = array
+        for f in range(self.shape.features):
+            to[f] = row[f]
+        return 0
+
+
+cdef Batch batch_of(x, axis):
+    """The batch with its features along `axis`."""
+    cdef Batch batch = Batch.__new__(Batch)
+    batch.array = as_array(x)
+    batch.axis = checked_axis(batch.array, axis)
+    batch.see()
+    return batch
+
+
+cdef int checked_axis(array, axis) except -1:
+    cdef Py_ssize_t dimensions = array.ndim
+    cdef Py_ssize_t index
+    if dimensions < 2:
+        raise ValueError(f"x must have two dimensions or more, got shape {array.shape}")
+    index = as_index("axis", axis)
+    if not -dimensions <= index < dimensions:
+        raise ValueError(
+            f"axis must be from {-dimensions} to {dimensions - 1} for x of shape {array.shape}, "
+            f"got {axis}"
+        )
+    return index + dimensions if index < 0 else index
+
+
+cdef inline bint is_contiguous(const Py_buffer *view) noexcept:
+    cdef bint dense = view.shape[0] < 2 or view.strides[0] == view.itemsize
+    return dense and is_aligned(view)
+
+
+def as_index(name, value):
+    """Return an integer."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def as_float_dtype(name, dtype):
+    """Return float32 or float64 as a dtype."""
+    dtype = np.dtype(dtype)
+    if dtype not in (FLOAT32, FLOAT64):
+        raise TypeError(f"{name} must be float32 or float64, got {dtype}")
+    return dtype

@@ -1,0 +1,72 @@
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = [
+    "Moments",
+    "batchnorm_backward",
+    "batchnorm_forward",
+    "gradient_sums",
+    "input_gradient",
+    "moments",
+    "normalize",
+]
+
+_Batch: TypeAlias = NDArray[Any]  # float32 or float64
+_Row: TypeAlias = NDArray[np.float64]  # one value for each feature
+
+class Moments(NamedTuple):
+    count: int  # type: ignore[assignment]  # hides tuple.count, on purpose
+    mean: _Row
+    var: _Row
+
+class Cache: ...  # opaque
+
+def batchnorm_forward(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: _Batch | None = None,
+) -> tuple[_Batch, Cache]: ...
+def batchnorm_backward(
+    dout: ArrayLike, cache: Cache, *, out: _Batch | None = None
+) -> tuple[_Batch, _Batch | None, _Batch | None]: ...
+def moments(x: ArrayLike, *, axis: int = 1) -> Moments: ...
+def normalize(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: _Batch | None = None,
+) -> _Batch: ...
+def gradient_sums(
+    dout: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+) -> tuple[_Row, _Row]: ...
+def input_gradient(
+    dout: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None,
+    eps: float,
+    sum_dout: ArrayLike,
+    sum_dout_xhat: ArrayLike,
+    count: float,
+    *,
+    axis: int = 1,
+    out: _Batch | None = None,
+) -> _Batch: ...

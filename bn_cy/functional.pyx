@@ -1,0 +1,550 @@
+"""Batch normalization as functions: each checks its arguments, allocates, and calls the kernels.
+
+The formulas, over the ``n`` values of a feature::
+
+    mean = sum(x)/n          var = sum((x - mean)^2)/n          invstd = 1/sqrt(var + eps)
+    xhat = (x - mean)*invstd          y = gamma*xhat + beta
+    dbeta = sum(dout)        dgamma = sum(dout*xhat)
+    dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n)
+
+`bn_cy.reference` derives them. Everywhere, ``x`` is an array of float32 or float64 in two
+dimensions or more with the features along ``axis``. A C-contiguous array, or one that is after a
+permutation of its axes, is used as it is; any other is copied once.
+"""
+
+
+from typing import NamedTuple
+
+import numpy as np
+
+from bn_cy._cpu import last_level_cache
+from bn_cy._dispatch import KERNELS
+from bn_cy._layout import check_apart
+from bn_cy._threads import get_num_threads
+
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.math cimport INFINITY, sqrt
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from bn_cy._kernels cimport GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR, Kernels
+from bn_cy._layout cimport Batch, Memory, as_array, batch_of, hold, is_same, release
+
+__all__ = [
+    "Moments",
+    "batchnorm_backward",
+    "batchnorm_forward",
+    "gradient_sums",
+    "input_gradient",
+    "moments",
+    "normalize",
+]
+
+cdef enum:
+    SERIAL = 10_000     # values below which a second thread costs more than it brings
+
+# Bytes from which an output is written past the cache: what the last level would not keep beside x.
+cdef Py_ssize_t STREAMED = 2 * last_level_cache() // 3
+
+cdef Kernels *kernels = <Kernels *>PyCapsule_GetPointer(KERNELS, "bn_cy.Kernels")
+cdef object new_array = np.empty
+
+
+class Moments(NamedTuple):
+    """What `moments` returns: the count, the mean and the biased variance of every feature."""
+
+    count: int
+    mean: np.ndarray
+    var: np.ndarray
+
+
+cdef class Cache:
+    """What a forward leaves for its backward: x by reference, and O(features) numbers.
+
+    Where x had to be copied, it is the copy that is kept. `count` is the number of values that each
+    statistic was made of: infinite for frozen ones, which do not depend on x.
+    """
+
+    cdef Batch batch
+    cdef double *statistics  # rows of one value a feature, as the kernels name them
+    cdef double count
+    cdef bint scaled, shifted
+
+    def __cinit__(self, Batch batch):
+        self.batch = batch
+        self.statistics = new_doubles(STATISTICS * batch.shape.features)
+        if batch.size == 0:
+            memset(self.statistics, 0, STATISTICS * batch.shape.features * sizeof(double))
+
+    def __dealloc__(self):
+        free(self.statistics)
+
+    cdef double *row(self, int name) noexcept:
+        return self.statistics + name * self.batch.shape.features
+
+    cdef row_array(self, int name):
+        """A row as an array."""
+        cdef Memory memory
+        array = new_array(self.batch.shape.features)
+        memory.held = 0
+        memcpy(hold(&memory, array).buf, self.row(name), self.batch.shape.features * sizeof(double))
+        release(&memory)
+        return array
+
+    @property
+    def empty(self):
+        """Whether the batch had no values: then it has no statistics."""
+        return self.batch.size == 0
+
+    def update_running(
+        self, double[::1] running_mean, double[::1] running_var, double momentum, bint unbiased
+    ):
+        """running += momentum*(batch - running), the variance divided by n - 1 if unbiased."""
+        cdef double correction = self.count / (self.count - 1) if unbiased else 1
+        cdef const double *mean = self.row(MEAN)
+        cdef const double *var = self.row(VAR)
+        cdef Py_ssize_t f
+        for f in range(self.batch.shape.features):
+            running_mean[f] += momentum * (mean[f] - running_mean[f])
+            running_var[f] += momentum * (correction * var[f] - running_var[f])
+
+
+def batchnorm_forward(x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
+    """Normalize every feature by its mean and variance in the batch.
+
+    Parameters
+    ----------
+    x : array of float32 or float64, two dimensions or more
+        The batch. The cache refers to it: it must not change before the backward.
+    gamma, beta : array of shape (features,), optional
+        Scale and shift; None: absent.
+    eps : float, optional
+        Added to the variance.
+    axis : int, optional
+        The feature axis of `x`.
+    out : array of x's shape and dtype, optional
+        Where to write `y`. It may not share memory with `x`.
+
+    Returns
+    -------
+    y : array of x's shape and dtype
+        ``gamma*(x - mean)/sqrt(var + eps) + beta``; `out`, if given.
+    cache : Cache
+        For `batchnorm_backward`. It keeps a copy of `gamma`.
+
+    Raises
+    ------
+    TypeError
+        If an array is not of a floating type that is accepted.
+    ValueError
+        If a shape, `axis`, `eps` or `out` does not fit, or if there is one value per feature,
+        which has no variance. An empty batch is allowed: its `y` is empty.
+
+    Notes
+    -----
+    S. Ioffe and C. Szegedy, *Batch Normalization*, 2015, algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bn_cy
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> y, cache = bn_cy.batchnorm_forward(x, eps=0)
+    >>> y
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
+    cdef Cache cache = Cache(batch_of(x, axis))
+    if cache.batch.count == 1:
+        raise ValueError(
+            f"x must have two values per feature or more to have a variance, got one: "
+            f"shape {cache.batch.array.shape}, axis {axis}"
+        )
+    cache.count = cache.batch.count
+    return run_forward(cache, x, gamma, beta, eps, out, True), cache
+
+
+def frozen_forward(x, mean, var, gamma, beta, eps, axis, out):
+    """Normalize by given statistics; return (y, cache) as `batchnorm_forward` does."""
+    cdef Cache cache = frozen_cache(x, mean, var, axis)
+    return run_forward(cache, x, gamma, beta, eps, out, False), cache
+
+
+def batchnorm_backward(dout, Cache cache not None, *, out=None):
+    """Gradients of `batchnorm_forward`.
+
+    Parameters
+    ----------
+    dout : array of x's shape and dtype
+        The gradient with respect to `y`.
+    cache : Cache
+        What the forward returned.
+    out : array of x's shape and dtype, optional
+        Where to write `dx`. It may be `dout` itself; it may not share memory with `x`.
+
+    Returns
+    -------
+    dx : array of x's shape and dtype
+        ``gamma*invstd*(dout - dbeta/n - xhat*dgamma/n)``; `out`, if given.
+    dgamma, dbeta : array of shape (features,) and x's dtype, or None
+        ``sum(dout*xhat)`` and ``sum(dout)``; None if the forward had no `gamma` or no `beta`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `dout` or `out` is not an array of x's shape and dtype, or `cache` is not a cache.
+
+    Notes
+    -----
+    The closed form; `bn_cy.reference.backward_closed_form` derives it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bn_cy
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> y, cache = bn_cy.batchnorm_forward(x, beta=np.zeros(1))
+    >>> dx, dgamma, dbeta = bn_cy.batchnorm_backward(np.ones((3, 1)), cache)
+    >>> dgamma is None, dbeta
+    (True, array([3.]))
+    """
+    cdef Py_ssize_t features = cache.batch.shape.features
+    cdef double *sums = new_doubles(2 * features)
+    dtype = cache.batch.dtype()
+    make = new_array if cache.batch.size else np.zeros
+    dgamma = make(features, dtype) if cache.scaled else None
+    dbeta = make(features, dtype) if cache.shifted else None
+    try:
+        dx = run_backward(cache, dout, dgamma, dbeta, sums, True, out)
+    finally:
+        free(sums)
+    return dx, dgamma, dbeta
+
+
+def moments(x, *, axis=1):
+    """Count, mean and biased variance of every feature.
+
+    Parameters
+    ----------
+    x : array of float32 or float64, two dimensions or more
+        The batch.
+    axis : int, optional
+        The feature axis of `x`.
+
+    Returns
+    -------
+    Moments
+        ``count``, the values per feature; ``mean`` and ``var``, float64 arrays of shape
+        (features,). Of an empty batch: zeros.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batchnorm_forward`; one value per feature is allowed, its variance is 0.
+
+    Notes
+    -----
+    The moments of parts merge to those of the whole: with ``n = na + nb`` and ``d = mb - ma``,
+    ``mean = ma + d*nb/n`` and ``n*var = na*va + nb*vb + d*d*na*nb/n`` (Chan, Golub and LeVeque,
+    1979).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bn_cy
+    >>> bn_cy.moments(np.array([[1.0, 5.0], [3.0, 5.0]]))
+    Moments(count=2, mean=array([2., 5.]), var=array([1., 0.]))
+    """
+    cdef Cache cache = Cache(batch_of(x, axis))
+    launch_forward(cache, NULL, NULL, NULL, 1, True)
+    return Moments(cache.batch.count, cache.row_array(MEAN), cache.row_array(VAR))
+
+
+def normalize(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
+    """Normalize every feature by a given mean and variance, as in eval mode.
+
+    Parameters
+    ----------
+    x : array of float32 or float64, two dimensions or more
+        The batch.
+    mean, var : array of shape (features,)
+        The statistics; used in float64.
+    gamma, beta, eps, axis, out
+        As in `batchnorm_forward`.
+
+    Returns
+    -------
+    y : array of x's shape and dtype
+        ``gamma*(x - mean)/sqrt(var + eps) + beta``; `out`, if given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batchnorm_forward`; one value per feature is allowed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bn_cy
+    >>> bn_cy.normalize(np.array([[1.0], [5.0]]), mean=[3.0], var=[4.0], eps=0)
+    array([[-1.],
+           [ 1.]])
+    """
+    return frozen_forward(x, mean, var, gamma, beta, eps, axis, out)[0]
+
+
+def gradient_sums(dout, x, mean, var, eps=1e-5, *, axis=1):
+    """The two sums over the batch that the backward needs: the first half of `batchnorm_backward`.
+
+    Parameters
+    ----------
+    dout, x : array of float32 or float64, two dimensions or more
+        The gradient with respect to `y`, and the batch; of one shape and dtype.
+    mean, var : array of shape (features,)
+        The statistics that normalized `x`.
+    eps, axis
+        As in `batchnorm_forward`.
+
+    Returns
+    -------
+    sum_dout, sum_dout_xhat : float64 array of shape (features,)
+        ``sum(dout)`` and ``sum(dout*xhat)``: dbeta and dgamma, where this batch is all there is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a shape, a dtype, `axis` or `eps` does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bn_cy
+    >>> x = np.array([[1.0], [3.0]])
+    >>> bn_cy.gradient_sums(np.array([[1.0], [2.0]]), x, mean=[2.0], var=[1.0], eps=0)
+    (array([3.]), array([1.]))
+    """
+    cdef Cache cache = frozen_cache(x, mean, var, axis)
+    cdef Memory memory
+    sums = np.zeros((2, cache.batch.shape.features))
+    describe(cache, None, eps)
+    memory.held = 0
+    try:
+        launch_backward(
+            cache, NULL, NULL, NULL, <double *>hold(&memory, sums).buf,
+            cache.batch.gradient(&memory, dout), True)
+    finally:
+        release(&memory)
+    return sums[0], sums[1]
+
+
+def input_gradient(
+    dout, x, mean, var, gamma, eps, sum_dout, sum_dout_xhat, count, *, axis=1, out=None
+):
+    """Gradient with respect to x, given the sums over the batch: the second half of
+    `batchnorm_backward`.
+
+    Where the batch is spread over processes, `sum_dout`, `sum_dout_xhat` and `count` are those of
+    all of them together.
+
+    Parameters
+    ----------
+    dout, x, mean, var, eps, axis
+        As in `gradient_sums`.
+    gamma : array of shape (features,) or None
+        The scale.
+    sum_dout, sum_dout_xhat : array of shape (features,)
+        What `gradient_sums` returned, added up over all parts of the batch.
+    count : int or float
+        Values per feature in the whole batch; infinite for frozen statistics.
+    out : array of x's shape and dtype, optional
+        Where to write `dx`. It may be `dout` itself; it may not share memory with `x`.
+
+    Returns
+    -------
+    dx : array of x's shape and dtype
+        ``gamma*invstd*(dout - sum_dout/count - xhat*sum_dout_xhat/count)``; `out`, if given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a shape, a dtype, `axis`, `eps`, `count` or `out` does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bn_cy
+    >>> x, dout = np.array([[1.0], [2.0], [6.0]]), np.array([[1.0], [0.0], [0.0]])
+    >>> count, mean, var = bn_cy.moments(x)
+    >>> sums = bn_cy.gradient_sums(dout, x, mean, var)
+    >>> dx = bn_cy.input_gradient(dout, x, mean, var, None, 1e-5, *sums, count)
+    >>> _, cache = bn_cy.batchnorm_forward(x)
+    >>> bool(np.array_equal(dx, bn_cy.batchnorm_backward(dout, cache)[0]))
+    True
+    """
+    cdef Cache cache = frozen_cache(x, mean, var, axis)
+    cdef double *sums
+    cache.count = checked_count(count, cache.batch.size == 0)
+    describe(cache, gamma, eps)
+    sums = new_doubles(2 * cache.batch.shape.features)
+    try:
+        cache.batch.row(sums, "sum_dout", sum_dout)
+        cache.batch.row(sums + cache.batch.shape.features, "sum_dout_xhat", sum_dout_xhat)
+        return run_backward(cache, dout, None, None, sums, False, out)
+    finally:
+        free(sums)
+
+
+# Running the kernels
+
+
+cdef run_forward(Cache cache, x, gamma, beta, eps, out, bint measure):
+    """Check what is left, allocate y, fill statistics and y."""
+    cdef Batch batch = cache.batch
+    cdef double added = checked_eps(eps)
+    cdef const void *scale
+    cdef const void *shift
+    cdef Memory memory
+    memory.held = 0
+    try:
+        scale = batch.parameter(&memory, "gamma", gamma)
+        shift = batch.parameter(&memory, "beta", beta)
+        y = batch.target(out)
+        if out is not None:
+            message = "out may not share memory with x, which the backward needs"
+            check_apart(out, as_array(x), message)
+        launch_forward(cache, hold(&memory, y).buf, scale, shift, added, measure)
+    finally:
+        release(&memory)
+    cache.scaled, cache.shifted = gamma is not None, beta is not None
+    return delivered(y, out)
+
+
+cdef run_backward(Cache cache, dout, dgamma, dbeta, double *sums, bint measure, out):
+    """Check dout, allocate dx, fill the sums, the gradients of the parameters and dx."""
+    cdef Batch batch = cache.batch
+    cdef const void *upstream
+    cdef void *scale
+    cdef void *shift
+    cdef Memory memory
+    memory.held = 0
+    try:
+        upstream = batch.gradient(&memory, dout)
+        scale = NULL if dgamma is None else hold(&memory, dgamma).buf
+        shift = NULL if dbeta is None else hold(&memory, dbeta).buf
+        dx = batch.target(out)
+        if out is not None:
+            check_backward_target(out, batch.array, as_array(dout))
+        launch_backward(cache, hold(&memory, dx).buf, scale, shift, sums, upstream, measure)
+    finally:
+        release(&memory)
+    return delivered(dx, out)
+
+
+cdef int launch_forward(
+    Cache cache, void *y, const void *gamma, const void *beta, double eps, bint measure
+) except -1:
+    cdef Batch batch = cache.batch
+    cdef const Kernels *kernel = &kernels[batch.double_precision]
+    cdef bint streaming = batch.nbytes >= STREAMED
+    cdef int threads = threads_for(batch)
+    cdef int status = 0
+    if batch.size:
+        with nogil:
+            status = kernel.forward(
+                y, cache.statistics, batch.view.buf, gamma, beta, &batch.shape, eps,
+                measure, streaming, threads)
+    if status:
+        raise MemoryError
+    return 0
+
+
+cdef int launch_backward(
+    Cache cache, void *dx, void *dgamma, void *dbeta, double *sums, const void *dout, bint measure
+) except -1:
+    cdef Batch batch = cache.batch
+    cdef const Kernels *kernel = &kernels[batch.double_precision]
+    cdef bint streaming = batch.nbytes >= STREAMED
+    cdef int threads = threads_for(batch)
+    cdef int status = 0
+    if batch.size:
+        with nogil:
+            status = kernel.backward(
+                dx, dgamma, dbeta, sums, cache.statistics, dout, batch.view.buf, &batch.shape,
+                cache.count, measure, streaming, threads)
+    if status:
+        raise MemoryError
+    return 0
+
+
+cdef int threads_for(Batch batch) except -1:
+    return 1 if batch.size < SERIAL else get_num_threads()
+
+
+cdef delivered(result, out):
+    """`out`, filled with the result."""
+    if out is None or result is out:
+        return result
+    out[...] = result
+    return out
+
+
+cdef double *new_doubles(Py_ssize_t size) except NULL:
+    cdef double *values = <double *>malloc(max(size, 1) * sizeof(double))
+    if values == NULL:
+        raise MemoryError
+    return values
+
+
+# Statistics from outside
+
+
+cdef Cache frozen_cache(x, mean, var, axis):
+    cdef Cache cache = Cache(batch_of(x, axis))
+    cache.count = INFINITY
+    memset(cache.row(REST), 0, cache.batch.shape.features * sizeof(double))
+    cache.batch.row(cache.row(MEAN), "mean", mean)
+    cache.batch.row(cache.row(VAR), "var", var)
+    return cache
+
+
+cdef int describe(Cache cache, gamma, eps) except -1:
+    """Fill the rows that the second pass of a forward would have filled."""
+    cdef double added = checked_eps(eps)
+    cdef double *invstd = cache.row(INVSTD)
+    cdef const double *var = cache.row(VAR)
+    cdef Py_ssize_t f
+    for f in range(cache.batch.shape.features):
+        invstd[f] = 1 / sqrt(var[f] + added)
+    if gamma is None:
+        gamma = np.ones(cache.batch.shape.features)
+    cache.batch.row(cache.row(GAMMA), "gamma", gamma)
+    return 0
+
+
+# Checking arguments
+
+
+cpdef double checked_eps(eps) except -1:
+    """Return eps as a number that can be added to a variance."""
+    cdef double value
+    try:
+        value = eps
+    except TypeError:
+        raise TypeError(f"eps must be a number, got {eps!r}") from None
+    if not 0 <= value < INFINITY:
+        raise ValueError(f"eps must be finite and not negative, got {eps!r}")
+    return value
+
+
+cdef double checked_count(count, bint empty) except -1:
+    if not (count > 0 or empty):
+        raise ValueError(f"count must be positive, got {count!r}")
+    return count
+
+
+cdef int check_backward_target(out, x, dout) except -1:
+    """Refuse a dx that would overwrite x, or a part of dout that is still to be read."""
+    check_apart(out, x, "out may not share memory with x")
+    if not is_same(out, dout):
+        check_apart(out, dout, "out may be dout itself, but may not overlap it otherwise")
+    return 0

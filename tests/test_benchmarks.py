@@ -1,0 +1,214 @@
+"""The benchmark command: its cases, its arithmetic and its words. Nothing here is timed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("the benchmarks are in the repository only", allow_module_level=True)
+pytest.importorskip("tqdm")
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench  # noqa: E402
+import cases  # noqa: E402
+import peers  # noqa: E402
+import problem  # noqa: E402
+import report  # noqa: E402
+import worker  # noqa: E402
+from cases import Case  # noqa: E402
+
+MB = 1 << 20
+SMALL = [
+    Case("rows", (7, 5)),
+    Case("axis0", (5, 7)),
+    Case("nchw", (2, 5, 3, 4)),
+    Case("nhwc", (2, 3, 4, 5)),
+    Case("rows", (9, 3), "float64"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _thread_count_of_this_process_stays(monkeypatch):
+    monkeypatch.setattr("bn_cy.set_num_threads", lambda n: None)
+
+
+def test_the_cases_are_distinct_and_their_names_parse():
+    assert len({case.name for case in cases.ALL}) == len(cases.ALL) == 40
+    assert [cases.parse_case(case.name) for case in cases.ALL] == cases.ALL
+    assert all(cases.parse_case(case.name) == case for case in SMALL)
+
+
+def test_groups_partition_the_cases():
+    groups = [case for group in cases.GROUPS for case in cases.select(group)]
+    assert sorted(case.name for case in groups) == sorted(case.name for case in cases.ALL)
+    assert cases.select("all") == cases.ALL
+    assert cases.select("rows-32x64,mlp")[:2] == [Case("rows", (32, 64)), Case("rows", (64, 128))]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_size_and_bytes_are_the_arrays(case):
+    x = np.empty(case.shape, case.dtype)
+    assert (case.size, case.nbytes, case.features) == (x.size, x.nbytes, 5 if x.size > 27 else 3)
+
+
+@pytest.mark.parametrize(
+    ("case", "l2", "l3", "forward", "backward"),
+    [
+        (Case("rows", (1024, 1024)), 0, 0, 2, 4),
+        (Case("rows", (1024, 1024)), 0, 4 * MB, 1, 4),
+        (Case("rows", (1024, 1024)), 0, 8 * MB, 1, 2),
+        # One line of features by 8192 rows is half a megabyte, twice that with dout.
+        (Case("rows", (8192, 1024)), MB, 0, 1, 4),
+        (Case("nhwc", (8, 32, 32, 1024)), 2 * MB, 0, 1, 2),
+        # Of 8 features no line of 16 can be read.
+        (Case("rows", (16384, 8)), MB, 0, 1, 4),
+        # One feature of 32 x 56 x 56 values is 392 kB.
+        (Case("nchw", (32, 64, 56, 56)), MB, 0, 1, 4),
+        (Case("axis0", (1024, 16384)), 2**18, 0, 1, 2),
+    ],
+)
+def test_compulsory_reads(case, l2, l3, forward, backward):
+    assert cases.compulsory_reads(case, "forward", l2, l3) == forward
+    assert cases.compulsory_reads(case, "backward", l2, l3) == backward
+    assert cases.compulsory_bytes(case, "forward", l2, l3) == (forward + 1) * case.nbytes
+
+
+def test_the_limit_pairs_one_read_with_the_write():
+    assert cases.limit_seconds(4, {"read": 2.0, "copy": 3.0}) == 9.0
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_the_package_and_the_formula_pass_the_check_of_results(case, tmp_path):
+    data = problem.create(case, seed=1)
+    problem.save(data, tmp_path)
+    for library in (peers.BnCy, peers.BnCyOut, peers.BnCyLayer, peers.BnCyEval, peers.NumPy):
+        timed = library(threads=1)
+        results = timed.results(timed.bind(problem.load(case, tmp_path)))
+        errors = problem.relative_errors(case, tmp_path, results)
+        assert max(errors.values()) <= timed.tolerance, (library, errors)
+
+
+def test_a_wrong_result_is_not_timed(tmp_path):
+    class Wrong(peers.BnCy):
+        def results(self, verbs):
+            y, dx, dgamma, dbeta = super().results(verbs)
+            return y, dx, dgamma, dbeta + np.float32(0.01)
+
+    problem.save(problem.create(SMALL[0], seed=1), tmp_path)
+    with pytest.raises(worker.WrongResult, match=r"rows-7x5: relative L2 error of dbeta"):
+        worker.Server(Wrong(threads=1)).bind(SMALL[0].name, tmp_path)
+
+
+def test_only_some_features_of_a_very_large_array_are_checked(monkeypatch):
+    monkeypatch.setattr(problem, "CHECKED", 8 * 100)
+    chosen = problem.checked_features(Case("rows", (100, 64)))
+    assert (len(chosen), chosen[0], chosen[-1]) == (8, 0, 63)
+
+
+def made_up_record(name, ours, theirs, nbytes=1000):
+    seconds = {library: {"forward": ours, "backward": ours} for library in peers.OURS}
+    seconds |= {peer: {"forward": theirs, "backward": 2 * theirs} for peer in peers.PEERS}
+    return {
+        "case": name,
+        "group": "mlp",
+        "layout": "rows",
+        "bytes": nbytes,
+        "threads": 2,
+        "compulsory_reads": {"forward": 1, "backward": 2},
+        "seconds": seconds | {"streaming": {"read": ours / 4, "copy": ours / 2}},
+        "errors": {},
+    }
+
+
+@pytest.fixture
+def results():
+    return {
+        "machine": {"processor": "Abacus", "cpus": 2, "l2_bytes": MB, "l3_bytes": 0},
+        "versions": {"bn_cy": "1", "torch": "2"},
+        "seed": 0,
+        "absent": {},
+        "cases": [
+            made_up_record("rows-2x2", ours=1e-6, theirs=2e-6),
+            made_up_record("rows-9x9", ours=1e-3, theirs=8e-3, nbytes=cases.LARGE),
+        ],
+    }
+
+
+def test_summary_has_the_geometric_mean_and_the_worst_case(results):
+    rows = {row[:2]: row[2:] for row in report.summary(results["cases"], threads=2)}
+    # Ratios of 2 and 8 forward, half as much again for both together.
+    assert rows["torch", "forward"] == (pytest.approx(4), pytest.approx(2), "rows-2x2")
+    assert rows["torch", "both"] == (pytest.approx(6), pytest.approx(3), "rows-2x2")
+    # Only the large array: a copy, and a copy and a read, in twice the time of ours.
+    assert rows[report.LIMIT, "both"] == (
+        pytest.approx(0.625),
+        pytest.approx(0.625),
+        "rows-9x9",
+    )
+
+
+def test_table_is_made_from_the_json(results, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    bench.main(["--table", str(path)])
+    table = capsys.readouterr().out
+    assert "| torch | 6.00 | 3.00 (rows-2x2) |" in table
+    assert "| rows-9x9 | 1000 / 1000 | 12.0 | 12.0 | 12.0 | 12.0 |" in table
+
+
+def test_plot_is_drawn(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    bench.plot(results, tmp_path / "ratios.png")
+    assert (tmp_path / "ratios.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "rnn"], "unknown case 'rnn'"),
+        (["--cases", "rows-0x4"], "unknown case 'rows-0x4'"),
+        (["--cases", "nchw-32x64"], "unknown case 'nchw-32x64'"),
+        (["--cases", "rows-1x4"], "one value per feature"),
+        (["--peers", "abacus"], "unknown peer 'abacus'"),
+        (["--threads", "0"], "expected counts from 1"),
+        (["--threads", "two"], "expected counts from 1"),
+        (["--json", "no/such/folder/x.json"], "there is no folder"),
+        (["--seed", "-1"], "expected 0 or more"),
+    ],
+)
+def test_bad_arguments_get_one_clear_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"cases": []}'])
+def test_results_that_cannot_be_read_are_named(content, tmp_path):
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=r"results\.json"):
+        bench.main(["--table", str(path)])
+
+
+def test_the_command_times_and_writes(tmp_path):
+    path = tmp_path / "results.json"
+    arguments = ["--cases", "rows-8x3", "--peers", "numpy", "--threads", "1", "--quick"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "bench.py", *arguments, "--json", path],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(path.read_text())["cases"]
+    assert {"bn_cy", "bn_cy out=", "numpy"} <= set(record["seconds"])
+    assert max(record["errors"]["bn_cy"].values()) <= 1e-6
+    assert "rows-8x3, 1" in done.stdout

@@ -1,0 +1,116 @@
+"""The same bits for any number of threads, memory, layout and output, on every code path.
+
+`digests.py` and `test_threads.py` hold them over the instruction sets; here one process compares
+the bits of everything that a training step and an evaluation leave behind.
+"""
+
+import numpy as np
+import pytest
+from digests import CASES, digest
+from exact import LAYOUTS, parameters
+
+from bn_cy import BatchNorm, moments, set_num_threads
+
+DTYPES = [np.float32, np.float64]
+
+# Outputs of 4 MiB or more are written past the cache, with ordinary stores at their ragged ends.
+STREAMED = [((9973, 111), 1), ((1_100_003, 1), 1), ((3, 5, 273, 257), 1), ((523, 41, 7, 7), 1)]
+PATHS = [*CASES, *STREAMED]
+RECYCLED = [((700, 101), 1), ((1, 3, 160, 141), 1)]  # outputs from the pool, not from malloc
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Leave the number of threads to OpenMP after the test."""
+    yield
+    set_num_threads(None)
+
+
+def draw(rng, shape, axis, dtype):
+    """Return data on which every order of summation rounds differently, a gradient, parameters."""
+    x = (3 + rng.standard_normal(shape)).astype(dtype)
+    dout = rng.standard_normal(shape).astype(dtype)
+    return x, dout, *parameters(rng, shape[axis], dtype)
+
+
+def step(x, dout, gamma, beta, axis, out=None):
+    """Return the digest of a training step and of an evaluation after it."""
+    layer = BatchNorm(len(gamma), axis=axis, dtype=x.dtype)
+    layer.gamma[:], layer.beta[:] = gamma, beta
+    digests = []
+    for mode in (True, False):
+        layer.train(mode)
+        y = digest(layer.forward(x, out=out))
+        dx = digest(layer.backward(dout, out=out))
+        digests += [y, dx, digest(layer.dgamma, layer.dbeta)]
+    return digests, digest(layer.running_mean, layer.running_var)
+
+
+def beginning_at(array, elements):
+    """Return a copy that starts so many elements behind a page's."""
+    raw = np.empty(array.nbytes + 8192, np.uint8)
+    start = -raw.ctypes.data % 4096 + elements * array.itemsize
+    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), PATHS)
+def test_any_number_of_threads_and_any_repetition(rng, shape, axis, dtype):
+    x, *others = draw(rng, shape, axis, dtype)
+    found = {}
+    counts = range(2, 17) if x.size < 200_000 else (2, 3, 16)
+    for threads in (1, *counts, 61, 1):
+        set_num_threads(threads)
+        found[threads] = step(x, *others, axis)
+        assert found[threads] == found[1], threads
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [*CASES, *RECYCLED, *STREAMED])
+def test_any_alignment_and_given_or_fresh_outputs(rng, shape, axis, dtype):
+    x, dout, gamma, beta = draw(rng, shape, axis, dtype)
+    expected = step(x, dout, gamma, beta, axis)
+    shifts = range(1, 16) if x.size < 100_000 else (1, 15)
+    for shift in shifts:
+        out = beginning_at(x, 16 - shift)
+        moved = beginning_at(x, shift), beginning_at(dout, (5 * shift) % 16)
+        assert step(*moved, gamma, beta, axis) == expected
+        assert step(*moved, gamma, beta, axis, out) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [((33, 14, 5, 9), 1), ((210, 37), 1), ((7, 501), 0)])
+def test_inputs_that_are_copied(rng, shape, axis, dtype):
+    """A copy is made in C order, and has the bits of what is in C order."""
+    x, dout, gamma, beta = draw(rng, shape, axis, dtype)
+    expected = step(x, dout, gamma, beta, axis)
+    for name in ("strided", "reversed", "sliced_rows", "one_byte_off", "read_only"):
+        assert step(LAYOUTS[name](x), LAYOUTS[name](dout), gamma, beta, axis) == expected, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_permuted_axes_of_the_same_memory(rng, dtype):
+    x, dout, gamma, beta = draw(rng, (6, 11, 13, 37), -1, dtype)
+    bits = set()
+    for axes in ((0, 1, 2, 3), (0, 3, 1, 2), (3, 0, 1, 2), (3, 2, 1, 0)):
+        layer = BatchNorm(37, axis=axes.index(3), dtype=dtype)
+        layer.gamma[:], layer.beta[:] = gamma, beta
+        y, dx = layer(x.transpose(axes)), layer.backward(dout.transpose(axes))
+        back = np.argsort(axes)
+        bits.add(digest(y.transpose(back), dx.transpose(back), layer.dgamma, layer.dbeta))
+    assert len(bits) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 5])
+def test_features_do_not_depend_on_their_neighbours(rng, dtype, threads):
+    """A rescue of some features, here of one in three, leaves the bits of the others alone."""
+    set_num_threads(threads)
+    x, _, _, _ = draw(rng, (3001, 45), 1, dtype)
+    _, mean, var = moments(x)
+    x[0, ::3] = 1e9
+    _, mean_beside, var_beside = moments(x)
+    others = np.arange(45) % 3 != 0
+    assert digest(mean_beside[others], var_beside[others]) == digest(mean[others], var[others])
