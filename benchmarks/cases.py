@@ -1,0 +1,157 @@
+"""The cases of the benchmark, once, and the memory traffic that a case cannot avoid."""
+
+import math
+from dataclasses import dataclass
+
+# Where the features are, by layout; NHWC and NCHW data have four dimensions, the others two.
+FEATURE_AXIS = {"rows": 1, "axis0": 0, "nchw": 1, "nhwc": 3}
+GROUPS = {"mlp": ("rows",), "cnn": ("nchw", "nhwc"), "axis0": ("axis0",)}
+CACHE_LINE = 64
+LARGE = 32_000_000  # bytes; arrays from here on are held against the streaming limit
+
+
+@dataclass(frozen=True)
+class Case:
+    """One array shape, with its features along `axis`.
+
+    layout: "rows" (examples, features), "axis0" (features, examples), "nchw" or "nhwc".
+    """
+
+    layout: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def name(self):
+        suffix = "" if self.dtype == "float32" else f"-{self.dtype}"
+        return f"{self.layout}-{'x'.join(map(str, self.shape))}{suffix}"
+
+    @property
+    def group(self):
+        return next(group for group, layouts in GROUPS.items() if self.layout in layouts)
+
+    @property
+    def axis(self):
+        return FEATURE_AXIS[self.layout]
+
+    @property
+    def features(self):
+        return self.shape[self.axis]
+
+    @property
+    def size(self):
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self):
+        return self.size * (8 if self.dtype == "float64" else 4)
+
+
+def parse_case(name):
+    """Make a Case of a name such as ``rows-256x512`` or ``nchw-32x64x56x56``."""
+    layout, _, dims = name.partition("-")
+    dims, _, dtype = dims.partition("-")
+    shape = tuple(int(d) if d.isdecimal() else 0 for d in dims.split("x"))
+    known = layout in FEATURE_AXIS and dtype in ("", "float32", "float64")
+    if not known or min(shape) < 1 or len(shape) != (4 if layout in GROUPS["cnn"] else 2):
+        raise ValueError(
+            f"unknown case {name!r}: expected all, {', '.join(GROUPS)}, or a layout "
+            "(rows, axis0, nchw, nhwc) and a shape, such as rows-256x512 or nchw-32x64x56x56"
+        )
+    case = Case(layout, shape, dtype or "float32")
+    if case.size == case.features:
+        raise ValueError(f"case {name!r} has one value per feature, which training refuses")
+    return case
+
+
+MLP = [
+    Case("rows", shape)
+    for shape in [
+        (32, 64),
+        (64, 128),
+        (128, 128),
+        (2, 8192),
+        (256, 512),
+        (64, 4096),
+        (3136, 256),
+        (1024, 1024),
+        (4096, 256),
+        (65536, 64),
+        (1_000_000, 8),
+        (16384, 1024),
+    ]
+]
+
+# The distinct inputs of ResNet-50's batch norm layers: (side of the image, channels).
+RESNET50 = [
+    (112, 64),
+    (56, 64),
+    (56, 128),
+    (56, 256),
+    (28, 128),
+    (28, 256),
+    (28, 512),
+    (14, 256),
+    (14, 512),
+    (14, 1024),
+    (7, 512),
+    (7, 2048),
+]
+CNN = [Case("nchw", (32, channels, side, side)) for side, channels in RESNET50]
+CNN += [Case("nhwc", (32, side, side, channels)) for side, channels in RESNET50]
+
+AXIS0 = [Case("axis0", shape) for shape in [(100, 60), (64, 4096), (512, 256), (1024, 16384)]]
+
+ALL = MLP + CNN + AXIS0
+
+
+def select(words):
+    """Return the cases that a comma-separated list of groups and names stands for."""
+    chosen = []
+    for word in words.split(","):
+        if word == "all" or word in GROUPS:
+            chosen += [case for case in ALL if word in ("all", case.group)]
+        else:
+            chosen.append(parse_case(word))
+    return list(dict.fromkeys(chosen))
+
+
+def share_of_one_feature(case):
+    """Return the bytes of the smallest block of features that can be read by itself.
+
+    Where a feature's values are contiguous (NCHW, axis0) that is one feature. In rows of
+    features memory comes in cache lines, so it is one line of features times all rows.
+    """
+    itemsize = case.nbytes // case.size
+    examples = case.size // case.features
+    if case.layout in ("rows", "nhwc"):
+        return examples * min(CACHE_LINE, case.features * itemsize)
+    return examples * itemsize
+
+
+def compulsory_reads(case, verb, l2, l3):
+    """Return how many arrays of x's size `verb` must read from memory; it writes one more.
+
+    Training needs a feature's sums before it can write the feature's first result, so x
+    (for the backward pass x and dout) is passed over twice. The second pass costs no memory
+    traffic in two cases only: one feature's share of the data, the least that can be worked
+    on at a time, still lies in the core's own cache, of which half is counted because code,
+    output and the other core's traffic want room too; or the whole data lie in the last-level
+    cache of `l3` bytes. Otherwise everything is read twice, whoever writes the loops.
+    """
+    arrays = 1 if verb == "forward" else 2
+    kept = arrays * share_of_one_feature(case) <= l2 / 2 or arrays * case.nbytes <= l3
+    return arrays if kept else 2 * arrays
+
+
+def compulsory_bytes(case, verb, l2, l3):
+    """Return the bytes `verb` must move: its reads and the one array that it writes."""
+    return (compulsory_reads(case, verb, l2, l3) + 1) * case.nbytes
+
+
+def limit_seconds(reads, streaming):
+    """Return the time the machine needs to stream `reads` arrays in and one out.
+
+    One of the reads is paired with the write: that is what the copy measures.
+    """
+    return (reads - 1) * streaming["read"] + streaming["copy"]
