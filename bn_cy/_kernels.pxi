@@ -20,6 +20,7 @@ from cpython.pycapsule cimport PyCapsule_New
 from cython cimport floating
 from cython.parallel cimport prange
 from libc.math cimport fabs, isfinite, sqrt
+from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -99,13 +100,11 @@ cdef enum:
     GROUP = 8       # rows that are added up in the data's type before they go to double
     LINE = 16       # floats of a cache line
     CELLS = 64      # parts that a feature's rows are summed in, at the most
-    CELL_ROWS = 128  # rows of such a part, at the least
+    CELL_ROWS = 64  # rows of such a part, at the least
     SHEET_ROWS = 1024  # rows of a sheet that is not cut between parts, at the most
     CACHE = 512 * 1024  # bytes that a thread finds again in its own cache in a second pass
     SAMPLES = 8     # values of a feature that its shift is the mean of
-    SERIAL = 10000  # elements below which a second thread costs more than it brings
     RESCUES = 4     # passes in double until a feature's shift is near its mean
-    FAR = 2         # (mean - shift)^2 / var above which a feature is summed again
 
 cdef enum:  # how the second passes write
     DIRECT     # in place of what is read nowhere else
@@ -313,6 +312,14 @@ cdef inline void put(
         memcpy(target, line, width * sizeof(floating))
 
 
+cdef inline Py_ssize_t burst_end(
+    const floating *target, Py_ssize_t start, Py_ssize_t width,
+) noexcept nogil:
+    """Where to end the burst that begins at `start`: at the end of a cache line, or of the row."""
+    cdef Py_ssize_t into_line = (<uintptr_t>(target + start) & 63) // sizeof(floating)
+    return min(start + BURST - into_line, width)
+
+
 cdef inline void write_normalized(
     floating *y, const floating *x, const floating *columns, Py_ssize_t pitch,
     Py_ssize_t width, int writing, Py_ssize_t ahead,
@@ -331,7 +338,7 @@ cdef inline void write_normalized(
         return
     start = 0
     while start < width:
-        stop = min(start + BURST, width)
+        stop = burst_end(y, start, width)
         for j in range(start, stop):
             line[j - start] = deviation(x[j], hi[j], lo[j]) * scale[j] + beta[j]
         put(y + start, line, stop - start, writing)
@@ -362,7 +369,7 @@ cdef inline void write_input_gradient(
         return
     start = 0
     while start < width:
-        stop = min(start + BURST, width)
+        stop = burst_end(dx, start, width)
         for j in range(start, stop):
             xhat = deviation(x[j], hi[j], lo[j]) * invstd[j]
             line[j - start] = ((dout[j] - mean_dout[j]) - xhat * mean_product[j]) * scale[j]
@@ -474,8 +481,12 @@ cdef void deviations_of_cell(
     cdef Piece p = cell_at(g, cell)
     memset(columns, 0, (b.pitch + b.width) * sizeof(double))
     while advance(&p, g, b):
-        add_deviations(
-            columns, columns + b.pitch, x + p.offset, shift, p.rows, b.width, g.stride)
+        if b.width == LANES and g.stride == LANES:  # known to the compiler: sums stay in registers
+            add_deviations(
+                columns, columns + b.pitch, x + p.offset, shift, p.rows, LANES, LANES)
+        else:
+            add_deviations(
+                columns, columns + b.pitch, x + p.offset, shift, p.rows, b.width, g.stride)
         add_deviations(
             columns, columns + b.pitch, x + p.offset + p.rows * g.stride, shift,
             p.tail > 0, p.tail, g.stride)
@@ -493,9 +504,14 @@ cdef void gradients_of_cell(
     cdef Piece p = cell_at(g, cell)
     memset(columns, 0, (b.pitch + b.width) * sizeof(double))
     while advance(&p, g, b):
-        add_gradients(
-            columns, columns + b.pitch, dout + p.offset, x + p.offset, columns_in, b.pitch,
-            p.rows, b.width, g.stride)
+        if b.width == LANES and g.stride == LANES:
+            add_gradients(
+                columns, columns + b.pitch, dout + p.offset, x + p.offset, columns_in, b.pitch,
+                p.rows, LANES, LANES)
+        else:
+            add_gradients(
+                columns, columns + b.pitch, dout + p.offset, x + p.offset, columns_in, b.pitch,
+                p.rows, b.width, g.stride)
         at = p.offset + p.rows * g.stride
         add_gradients(
             columns, columns + b.pitch, dout + at, x + at, columns_in, b.pitch,
@@ -575,24 +591,24 @@ cdef void sample_shift(
     """A guess at the mean: that of a few values spread over the feature. Exact for a constant."""
     cdef const floating *first = x + b.start * g.inner
     cdef const floating *row
+    cdef floating total[WIDTH]  # of steps from the first value
+    cdef floating reach[WIDTH]  # the largest of them
+    cdef floating step
     cdef double *mean = s.mean
-    cdef double *reach = s.var  # not known yet
-    cdef double step
     cdef Py_ssize_t k, f, inner = g.inner, size = b.size
-    for f in range(size):
-        mean[f] = 0
-        reach[f] = 0
+    memset(total, 0, size * sizeof(floating))
+    memset(reach, 0, size * sizeof(floating))
     for k in range(1, SAMPLES):
         row = first + k * g.outer // SAMPLES * g.features * inner + k * inner // SAMPLES
         for f in range(size):
-            step = <double>row[f * inner] - <double>first[f * inner]
-            mean[f] += step
-            reach[f] = max(reach[f], fabs(step))
+            step = row[f * inner] - first[f * inner]
+            total[f] += step
+            reach[f] = max(reach[f], <floating>fabs(step))
     for f in range(size):
-        mean[f] = first[f * inner] + mean[f] / SAMPLES
-        if sizeof(floating) == 4:
-            mean[f] = coarse(mean[f], reach[f])
-        mean[f] = <floating>mean[f]
+        mean[f] = first[f * inner] + <double>total[f] / SAMPLES
+    if sizeof(floating) == 4:
+        for f in range(size):
+            mean[f] = <float>coarse(mean[f], reach[f])
 
 
 cdef void sum_deviations(
@@ -617,8 +633,15 @@ cdef inline void settle(
     var[0] = 0 if found < 0 else found
 
 
+cdef inline double far_from(Py_ssize_t count) noexcept nogil:
+    """(mean - shift)^2/var from which a feature is summed again. It multiplies the rounding of the
+    sum of squares, which is the smaller the more values there are; samples are hardly ever off so
+    far, while a feature that is summed in vain costs its block a pass."""
+    return 4 if count < 1024 else 16
+
+
 cdef bint settle_block(
-    const Statistics *s, long long *suspect, const double *sums, double n, double least,
+    const Statistics *s, long long *suspect, const double *sums, Py_ssize_t count, double least,
     Py_ssize_t size,
 ) noexcept nogil:
     """The moments of a block, and which of them to doubt: those whose shift was far from the mean,
@@ -627,29 +650,59 @@ cdef bint settle_block(
     cdef double *rest = s.rest
     cdef double *var = s.var
     cdef Py_ssize_t f
-    cdef double delta
+    cdef double delta, n = count, share = 1 / n, far = far_from(count)
     cdef long long doubt = 0
     for f in range(size):
         settle(mean + f, rest + f, var + f, sums[f] / n, sums[f + size] / n)
     for f in range(size):
-        delta = sums[f] / n
-        suspect[f] = not (delta * delta <= FAR * var[f] and least <= var[f] <= 1e300)
+        delta = sums[f] * share
+        suspect[f] = not (delta * delta <= far * var[f] and least <= var[f] <= 1e300)
     for f in range(size):
         doubt |= suspect[f]
     return doubt != 0
 
 
+cdef inline Grid single_rows(const Grid *g) noexcept nogil:
+    """The grid with rows that were merged apart again, so that any features of it make a block."""
+    cdef Grid r = g[0]
+    if g.times > 1:
+        r.times, r.rows, r.stride, r.tail = 1, g.outer, g.features * g.inner, 0
+        r.cell_rows *= g.times
+        r.cells = ceil_div(r.rows, r.cell_rows)
+    return r
+
+
 cdef void rescue_moments(
     const Statistics *s, long long *suspect, const floating *x, const Grid *g, const Block *b,
 ) noexcept nogil:
-    """The same sums with every term in double, about the mean just found, until it moves no
-    more."""
+    """Sum suspects again, a stretch of adjacent ones at a time."""
+    cdef Grid r = single_rows(g)
+    cdef Statistics of_stretch
+    cdef Block stretch
+    cdef Py_ssize_t first = 0, stop
+    while first < b.size:
+        stop = first
+        while stop < b.size and suspect[stop]:
+            stop += 1
+        if stop > first:
+            stretch = block_at(&r, b.start + first, stop - first)
+            of_stretch.mean = s.mean + first
+            of_stretch.rest = s.rest + first
+            of_stretch.var = s.var + first
+            sum_again(&of_stretch, suspect + first, x, &r, &stretch)
+        first = stop + 1
+
+
+cdef void sum_again(
+    const Statistics *s, long long *suspect, const floating *x, const Grid *g, const Block *b,
+) noexcept nogil:
+    """The same sums with every term in double, about the mean just found, until it stays there."""
     cdef double shift[WIDTH]
     cdef double sums[2 * WIDTH]
-    cdef Py_ssize_t f
-    cdef double delta
+    cdef double delta, far = far_from(g.count)
     cdef bint again = True
     cdef int attempt
+    cdef Py_ssize_t f
     for f in range(b.size):
         if not isfinite(s.mean[f]):  # the sums overflowed: from any value of the feature
             s.mean[f] = x[(b.start + f) * g.inner]
@@ -663,7 +716,7 @@ cdef void rescue_moments(
             if suspect[f]:
                 delta = sums[f] / g.count
                 settle(s.mean + f, s.rest + f, s.var + f, delta, sums[f + b.size] / g.count)
-                suspect[f] = isfinite(s.var[f]) and delta * delta > FAR * s.var[f]
+                suspect[f] = isfinite(s.var[f]) and delta * delta > far * s.var[f]
                 again |= suspect[f] != 0
 
 
@@ -767,44 +820,44 @@ cdef inline double power_of_two(double value) noexcept nogil:
     return value
 
 
-cdef void centre(
-    double *shift, double *scale, const Statistics *s, bint single, const Block *b,
+cdef void find_centres(
+    double *centres, const Statistics *s, bint single, const Block *b,
 ) noexcept nogil:
-    """What dgamma is summed about, and with which factor, so that hardly a term is rounded on
-    the way."""
+    """What dgamma is summed about, and a factor, such that hardly a term is rounded on the way."""
     cdef const double *mean = s.mean
     cdef const double *var = s.var
     cdef const double *invstd = s.invstd
     cdef Py_ssize_t f, size = b.size
     for f in range(size):
-        shift[f] = coarse(mean[f], sqrt(var[f]))
-        scale[f] = power_of_two(invstd[f])
+        centres[f] = coarse(mean[f], sqrt(var[f]))
+        centres[f + size] = power_of_two(invstd[f])
     if single:
         for f in range(size):
-            shift[f] = <float>shift[f]
+            centres[f] = <float>centres[f]
 
 
-cdef void spread_centre(
-    real *columns, const Statistics *s, bint single, const Grid *g, const Block *b,
+cdef inline void spread_centres(
+    real *columns, const double *centres, const Grid *g, const Block *b,
 ) noexcept nogil:
-    cdef double values[2 * WIDTH]
-    centre(values, values + b.size, s, single, b)
-    spread(columns + CENTRE * b.pitch, values, g, b)
-    spread(columns + CENTRE_SCALE * b.pitch, values + b.size, g, b)
+    spread(columns + CENTRE * b.pitch, centres, g, b)
+    spread(columns + CENTRE_SCALE * b.pitch, centres + b.size, g, b)
 
 
 cdef void settle_gradients(
-    double *sums, const Statistics *s, bint single, const Block *b,
+    double *sums, const double *centres, const Statistics *s, const Block *b,
 ) noexcept nogil:
-    """dgamma = sum(dout*xhat) from the sum about the shift; what the shift left of the mean
-    weighs dbeta."""
-    cdef double values[2 * WIDTH]
-    cdef Py_ssize_t f
-    cdef double rest
-    centre(values, values + b.size, s, single, b)
-    for f in range(b.size):
-        rest = (s.mean[f] - values[f]) + s.rest[f]
-        sums[f + b.size] = (sums[f + b.size] / values[f + b.size] - rest * sums[f]) * s.invstd[f]
+    """dgamma = sum(dout*xhat) from the sum about the centre; what that leaves of the mean weighs
+    sum(dout)."""
+    cdef const double *mean = s.mean
+    cdef const double *rest = s.rest
+    cdef const double *invstd = s.invstd
+    cdef const double *sum_dout = sums
+    cdef double *product = sums + b.size
+    cdef const double *scale = centres + b.size
+    cdef Py_ssize_t f, size = b.size
+    for f in range(size):
+        product[f] = (
+            product[f] / scale[f] - ((mean[f] - centres[f]) + rest[f]) * sum_dout[f]) * invstd[f]
 
 
 cdef void sum_gradients(
@@ -820,7 +873,7 @@ cdef void sum_gradients(
 
 
 cdef void rescue_gradients(
-    double *sums, const Statistics *s, const floating *dout, const floating *x,
+    double *sums, const double *centres, const floating *dout, const floating *x,
     const Grid *g, const Block *b,
 ) noexcept nogil:
     """Where a float sum overflowed: the same sums with every term in double."""
@@ -832,7 +885,7 @@ cdef void rescue_gradients(
         overflow |= not isfinite(sums[i])
     if not overflow:
         return
-    spread_centre(columns, s, sizeof(floating) == 4, g, b)
+    spread_centres(columns, centres, g, b)
     sum_gradients(wide, dout, x, columns, g, b)
     for i in range(2 * b.size):
         if not isfinite(sums[i]):
@@ -890,11 +943,11 @@ cdef Work share(
     w.sums = plan(shape.outer, shape.features, shape.inner, LANES)
     w.writes = plan(shape.outer, shape.features, shape.inner, CHUNK)
     w.measure, w.write, w.writing = measure, write, writing
-    w.threads = threads if values >= SERIAL else 1
+    w.threads = threads
     if is_run(shape.outer, shape.inner):
         w.by_cells = shape.features < w.threads
     else:
-        w.by_cells = w.sums.times > 1 or values * itemsize > w.threads * CACHE
+        w.by_cells = w.sums.times > 1 or w.sums.cells >= w.threads
     w.by_cells &= w.threads > 1 and w.sums.cells > 1
     w.size = block_features(&w.sums, 1 if w.by_cells else w.threads)
     w.blocks = ceil_div(shape.features, w.size)
@@ -1058,13 +1111,15 @@ cdef void gradients_task(
 ) noexcept nogil:
     cdef floating storage[CENTRES * SCRATCH]
     cdef floating *columns = <floating *>aligned(storage)
+    cdef double centres[2 * WIDTH]
     cdef double sums[2 * WIDTH]
     cdef Block b = block_of(&w.sums, w, i)
     cdef Statistics s = statistics_of(rows, &w.sums, &b)
-    spread_centre(columns, &s, sizeof(floating) == 4, &w.sums, &b)
+    find_centres(centres, &s, sizeof(floating) == 4, &b)
+    spread_centres(columns, centres, &w.sums, &b)
     sum_gradients(sums, dout, x, columns, &w.sums, &b)
-    rescue_gradients(sums, &s, dout, x, &w.sums, &b)
-    settle_gradients(sums, &s, sizeof(floating) == 4, &b)
+    rescue_gradients(sums, centres, dout, x, &w.sums, &b)
+    settle_gradients(sums, centres, &s, &b)
     store_sums(all_sums, sums, &w.sums, &b)
 
 
@@ -1102,9 +1157,11 @@ cdef void gradient_parts_task(
 ) noexcept nogil:
     cdef floating storage[CENTRES * SCRATCH]
     cdef floating *columns = <floating *>aligned(storage)
+    cdef double centres[2 * WIDTH]
     cdef Block b = block_of(&w.sums, w, i % w.blocks)
     cdef Statistics s = statistics_of(rows, &w.sums, &b)
-    spread_centre(columns, &s, sizeof(floating) == 4, &w.sums, &b)
+    find_centres(centres, &s, sizeof(floating) == 4, &b)
+    spread_centres(columns, centres, &w.sums, &b)
     gradients_of_cell(parts + i * 2 * w.size, dout, x, columns, &w.sums, &b, i // w.blocks)
 
 
@@ -1112,12 +1169,14 @@ cdef void merge_gradients(
     double *all_sums, const double *parts, double *rows, const floating *dout, const floating *x,
     const Work *w, Py_ssize_t i,
 ) noexcept nogil:
+    cdef double centres[2 * WIDTH]
     cdef double sums[2 * WIDTH]
     cdef Block b = block_of(&w.sums, w, i)
     cdef Statistics s = statistics_of(rows, &w.sums, &b)
+    find_centres(centres, &s, sizeof(floating) == 4, &b)
     merge_parts(sums, parts, w, i, &b)
-    rescue_gradients(sums, &s, dout, x, &w.sums, &b)
-    settle_gradients(sums, &s, sizeof(floating) == 4, &b)
+    rescue_gradients(sums, centres, dout, x, &w.sums, &b)
+    settle_gradients(sums, centres, &s, &b)
     store_sums(all_sums, sums, &w.sums, &b)
 
 

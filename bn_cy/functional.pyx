@@ -41,7 +41,8 @@ __all__ = [
 ]
 
 cdef enum:
-    SERIAL = 10_000     # values below which a second thread costs more than it brings
+    SMALL = 24_000  # values, a feature counting as FEATURE, below which a second thread costs more
+    FEATURE = 16    # than it brings, and so does letting other Python threads run
 
 # Bytes from which an output is written past the cache: what the last level would not keep beside x.
 cdef Py_ssize_t STREAMED = 2 * last_level_cache() // 3
@@ -444,40 +445,66 @@ cdef int launch_forward(
     Cache cache, void *y, const void *gamma, const void *beta, double eps, bint measure
 ) except -1:
     cdef Batch batch = cache.batch
-    cdef const Kernels *kernel = &kernels[batch.double_precision]
-    cdef bint streaming = batch.nbytes >= STREAMED
+    cdef double *statistics = cache.statistics
     cdef int threads = threads_for(batch)
-    cdef int status = 0
-    if batch.size:
+    cdef int status
+    if threads == 0:
+        status = call_forward(batch, statistics, y, gamma, beta, eps, measure, 1)
+    else:
         with nogil:
-            status = kernel.forward(
-                y, cache.statistics, batch.view.buf, gamma, beta, &batch.shape, eps,
-                measure, streaming, threads)
+            status = call_forward(batch, statistics, y, gamma, beta, eps, measure, threads)
     if status:
         raise MemoryError
     return 0
+
+
+cdef int call_forward(
+    Batch batch, double *statistics, void *y, const void *gamma, const void *beta, double eps,
+    bint measure, int threads
+) noexcept nogil:
+    if batch.size == 0:
+        return 0
+    return kernels[batch.double_precision].forward(
+        y, statistics, batch.view.buf, gamma, beta, &batch.shape, eps,
+        measure, batch.nbytes >= STREAMED, threads)
 
 
 cdef int launch_backward(
     Cache cache, void *dx, void *dgamma, void *dbeta, double *sums, const void *dout, bint measure
 ) except -1:
     cdef Batch batch = cache.batch
-    cdef const Kernels *kernel = &kernels[batch.double_precision]
-    cdef bint streaming = batch.nbytes >= STREAMED
+    cdef double *statistics = cache.statistics
+    cdef double count = cache.count
     cdef int threads = threads_for(batch)
-    cdef int status = 0
-    if batch.size:
+    cdef int status
+    if threads == 0:
+        status = call_backward(
+            batch, statistics, count, dx, dgamma, dbeta, sums, dout, measure, 1)
+    else:
         with nogil:
-            status = kernel.backward(
-                dx, dgamma, dbeta, sums, cache.statistics, dout, batch.view.buf, &batch.shape,
-                cache.count, measure, streaming, threads)
+            status = call_backward(
+                batch, statistics, count, dx, dgamma, dbeta, sums, dout, measure, threads)
     if status:
         raise MemoryError
     return 0
 
 
+cdef int call_backward(
+    Batch batch, double *statistics, double count, void *dx, void *dgamma, void *dbeta,
+    double *sums, const void *dout, bint measure, int threads
+) noexcept nogil:
+    if batch.size == 0:
+        return 0
+    return kernels[batch.double_precision].backward(
+        dx, dgamma, dbeta, sums, statistics, dout, batch.view.buf, &batch.shape,
+        count, measure, batch.nbytes >= STREAMED, threads)
+
+
 cdef int threads_for(Batch batch) except -1:
-    return 1 if batch.size < SERIAL else get_num_threads()
+    """How many threads to use; 0: one, and the call is over before the GIL could be given up."""
+    if batch.size + FEATURE * batch.shape.features < SMALL:
+        return 0
+    return get_num_threads()
 
 
 cdef delivered(result, out):
