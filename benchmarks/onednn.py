@@ -8,7 +8,7 @@ import importlib.metadata
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_size_t, c_uint, c_void_p
 
 import numpy as np
-from problem import aligned_copy, aligned_empty
+from problem import aligned_empty
 
 DISTRIBUTION = "onednn-cpu-gomp"
 CPU, F32, IN_ORDER = 1, 3, 1
@@ -57,8 +57,8 @@ class OneDNN:
         desc = self._description(*dims_and_strides(problem.case))
         vector = self._description((features,), (1,))
         self._arrays = {
-            SRC: aligned_copy(problem.x),
-            DIFF_DST: aligned_copy(problem.dout),
+            SRC: problem.x,
+            DIFF_DST: problem.dout,
             SCALE: problem.gamma,
             SHIFT: problem.beta,
         }

@@ -14,7 +14,7 @@ CHECKED = 1 << 26  # elements; of a larger array whole features up to so many ar
 
 @dataclass
 class Problem:
-    """The arrays of a case. NumPy owns them, as it does in a NumPy program."""
+    """The arrays of a case, each at the start of a page: every library is given the same."""
 
     case: Case
     x: np.ndarray
@@ -57,7 +57,8 @@ def load(case, folder):
     """Read the inputs; without a folder there are none, only the case's size."""
     if folder is None:
         return Problem(case, *[None] * len(INPUTS))
-    return Problem(case, *(np.load(Path(folder) / f"{name}.npy") for name in INPUTS))
+    arrays = (np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in INPUTS)
+    return Problem(case, *map(aligned_copy, arrays))
 
 
 def checked_features(case):
@@ -108,7 +109,7 @@ def _relative_l2(got, features, expected):
 
 
 def aligned_copy(array):
-    """Copy `array` to a page boundary, where a library that owns its memory would put it."""
+    """Copy `array` to a page boundary."""
     copy = aligned_empty(array.shape, array.dtype)
     copy[...] = array
     return copy

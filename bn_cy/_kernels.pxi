@@ -96,7 +96,8 @@ cdef enum:
     WIDTH = 1024    # columns in a row of a block, at the most: bounds every scratch array
     LANES = 16      # columns that a long run is cut into for sums: their accumulators are registers
     BURST = 128     # columns between two writes past the cache: reads and writes overlap
-    CHUNK = 512     # columns that it is cut into for writing
+    CHUNK = 128     # columns that it is cut into for writing
+    RUNS = 8        # features of a block of runs, where they are short: their work is vectorised
     GROUP = 8       # rows that are added up in the data's type before they go to double
     LINE = 16       # floats of a cache line
     CELLS = 64      # parts that a feature's rows are summed in, at the most
@@ -194,7 +195,8 @@ cdef Py_ssize_t block_features(const Grid *g, int threads) noexcept nogil:
     """Features that are walked together; has no say in the order of any sum."""
     cdef Py_ssize_t unit, block
     if is_run(g.outer, g.inner):
-        return 1
+        block = max(<Py_ssize_t>1, min(<Py_ssize_t>RUNS, CACHE // (g.count * 2 * sizeof(double))))
+        return min(block, ceil_div(g.features, threads))
     if g.times > 1:
         return g.features
     unit = line_multiple(g.inner)
@@ -386,6 +388,7 @@ cdef inline void write_input_gradient(
 cdef struct Block:
     Py_ssize_t start, size   # features [start, start + size)
     Py_ssize_t width, pitch  # columns of one of its rows; from row to row of its scratch, odd lines
+    Py_ssize_t parts         # of a row that are walked apart: runs of different features
     Py_ssize_t ahead         # from a value to that of the block that the thread takes next, or 0
 
 
@@ -394,6 +397,7 @@ cdef inline Block block_at(const Grid *g, Py_ssize_t start, Py_ssize_t size) noe
     b.start, b.size, b.ahead = start, min(size, g.features - start), 0
     b.width = g.times * b.size * g.each
     b.pitch = round_up(b.width, 2 * LINE) + LINE
+    b.parts = b.size if is_run(g.outer, g.inner) else 1
     return b
 
 
@@ -449,26 +453,37 @@ cdef inline void fold(
 cdef struct Piece:
     Py_ssize_t offset, rows, tail  # first value, full rows, columns of the row after them
     Py_ssize_t next, stop          # rows of the cell not yet walked, counted over all the sheets
+    Py_ssize_t part, column, width  # which part of the block's row, its columns
 
 
-cdef inline Piece cell_at(const Grid *g, Py_ssize_t cell) noexcept nogil:
+cdef inline Piece cell_at(const Grid *g, const Block *b, Py_ssize_t cell) noexcept nogil:
     cdef Piece p
     p.next = cell * g.cell_rows
     p.stop = min(p.next + g.cell_rows, g.sheets * g.rows)
     p.offset = p.rows = p.tail = 0
+    p.part = b.parts
+    p.column = 0
+    p.width = b.width // b.parts if b.parts > 1 else b.width
     return p
 
 
 cdef inline bint advance(Piece *p, const Grid *g, const Block *b) noexcept nogil:
     """To the next piece of the cell, in the order of memory; False at the cell's end."""
     cdef Py_ssize_t sheet, row
+    p.part += 1
+    if p.part < b.parts:
+        p.offset += g.inner
+        p.column += p.width
+        return True
     if p.next >= p.stop:
         return False
-    sheet, row = p.next // g.rows, p.next % g.rows
+    sheet = 0 if g.sheets == 1 else p.next // g.rows
+    row = p.next - sheet * g.rows
     p.rows = min(g.rows - row, p.stop - p.next)
     p.tail = g.tail if row + p.rows == g.rows else 0
     p.offset = (sheet * g.features + b.start) * g.inner + row * g.stride
     p.next += p.rows
+    p.part = p.column = 0
     return True
 
 
@@ -477,76 +492,83 @@ cdef void deviations_of_cell(
     const Grid *g, const Block *b, Py_ssize_t cell,
 ) noexcept nogil:
     cdef double storage[2 * SCRATCH]
-    cdef double *columns = <double *>aligned(storage)
-    cdef Piece p = cell_at(g, cell)
-    memset(columns, 0, (b.pitch + b.width) * sizeof(double))
+    cdef double *sums = <double *>aligned(storage)
+    cdef double *sum1
+    cdef Piece p = cell_at(g, b, cell)
+    memset(sums, 0, (b.pitch + b.width) * sizeof(double))
     while advance(&p, g, b):
-        if b.width == LANES and g.stride == LANES:  # known to the compiler: sums stay in registers
+        sum1 = sums + p.column
+        if p.width == LANES and g.stride == LANES:  # known to the compiler: sums stay in registers
             add_deviations(
-                columns, columns + b.pitch, x + p.offset, shift, p.rows, LANES, LANES)
+                sum1, sum1 + b.pitch, x + p.offset, shift + p.column, p.rows, LANES, LANES)
         else:
             add_deviations(
-                columns, columns + b.pitch, x + p.offset, shift, p.rows, b.width, g.stride)
+                sum1, sum1 + b.pitch, x + p.offset, shift + p.column, p.rows, p.width, g.stride)
         add_deviations(
-            columns, columns + b.pitch, x + p.offset + p.rows * g.stride, shift,
+            sum1, sum1 + b.pitch, x + p.offset + p.rows * g.stride, shift + p.column,
             p.tail > 0, p.tail, g.stride)
-    fold(part, columns, g, b)
-    fold(part + b.size, columns + b.pitch, g, b)
+    fold(part, sums, g, b)
+    fold(part + b.size, sums + b.pitch, g, b)
 
 
 cdef void gradients_of_cell(
-    double *part, const floating *dout, const floating *x, const real *columns_in,
+    double *part, const floating *dout, const floating *x, const real *columns,
     const Grid *g, const Block *b, Py_ssize_t cell,
 ) noexcept nogil:
     cdef double storage[2 * SCRATCH]
-    cdef double *columns = <double *>aligned(storage)
+    cdef double *sums = <double *>aligned(storage)
+    cdef double *sum1
     cdef Py_ssize_t at
-    cdef Piece p = cell_at(g, cell)
-    memset(columns, 0, (b.pitch + b.width) * sizeof(double))
+    cdef Piece p = cell_at(g, b, cell)
+    memset(sums, 0, (b.pitch + b.width) * sizeof(double))
     while advance(&p, g, b):
-        if b.width == LANES and g.stride == LANES:
+        sum1 = sums + p.column
+        if p.width == LANES and g.stride == LANES:
             add_gradients(
-                columns, columns + b.pitch, dout + p.offset, x + p.offset, columns_in, b.pitch,
+                sum1, sum1 + b.pitch, dout + p.offset, x + p.offset, columns + p.column, b.pitch,
                 p.rows, LANES, LANES)
         else:
             add_gradients(
-                columns, columns + b.pitch, dout + p.offset, x + p.offset, columns_in, b.pitch,
-                p.rows, b.width, g.stride)
+                sum1, sum1 + b.pitch, dout + p.offset, x + p.offset, columns + p.column, b.pitch,
+                p.rows, p.width, g.stride)
         at = p.offset + p.rows * g.stride
         add_gradients(
-            columns, columns + b.pitch, dout + at, x + at, columns_in, b.pitch,
+            sum1, sum1 + b.pitch, dout + at, x + at, columns + p.column, b.pitch,
             p.tail > 0, p.tail, g.stride)
-    fold(part, columns, g, b)
-    fold(part + b.size, columns + b.pitch, g, b)
+    fold(part, sums, g, b)
+    fold(part + b.size, sums + b.pitch, g, b)
 
 
 cdef void normalize_cell(
     floating *y, const floating *x, const floating *columns,
     const Grid *g, const Block *b, Py_ssize_t cell, int writing,
 ) noexcept nogil:
-    cdef Piece p = cell_at(g, cell)
+    cdef Piece p = cell_at(g, b, cell)
     cdef Py_ssize_t r, at
     while advance(&p, g, b):
         at = p.offset
         for r in range(p.rows):
-            write_normalized(y + at, x + at, columns, b.pitch, b.width, writing, b.ahead)
+            write_normalized(
+                y + at, x + at, columns + p.column, b.pitch, p.width, writing, b.ahead)
             at += g.stride
-        write_normalized(y + at, x + at, columns, b.pitch, p.tail, writing, b.ahead)
+        write_normalized(
+            y + at, x + at, columns + p.column, b.pitch, p.tail, writing, b.ahead)
 
 
 cdef void input_gradient_cell(
     floating *dx, const floating *dout, const floating *x, const floating *columns,
     const Grid *g, const Block *b, Py_ssize_t cell, int writing,
 ) noexcept nogil:
-    cdef Piece p = cell_at(g, cell)
+    cdef Piece p = cell_at(g, b, cell)
     cdef Py_ssize_t r, at
     while advance(&p, g, b):
         at = p.offset
         for r in range(p.rows):
             write_input_gradient(
-                dx + at, dout + at, x + at, columns, b.pitch, b.width, writing, b.ahead)
+                dx + at, dout + at, x + at, columns + p.column, b.pitch, p.width, writing, b.ahead)
             at += g.stride
-        write_input_gradient(dx + at, dout + at, x + at, columns, b.pitch, p.tail, writing, b.ahead)
+        write_input_gradient(
+            dx + at, dout + at, x + at, columns + p.column, b.pitch, p.tail, writing, b.ahead)
 
 
 cdef inline void add_part(double *sums, const double *part, const Block *b) noexcept nogil:
@@ -968,6 +990,11 @@ cdef inline Py_ssize_t ahead_of(
     return b.size * w.writes.inner
 
 
+cdef inline Py_ssize_t first_cell(const Work *w, Py_ssize_t thread) noexcept nogil:
+    """Where a thread's share of the cells to be written begins: about the rows that it summed."""
+    return w.writes.cells * thread // w.threads
+
+
 cdef double *new_parts(const Work *w) noexcept nogil:
     """Room for the two sums of every feature of every cell."""
     return <double *>malloc(w.sums.cells * w.blocks * 2 * w.size * sizeof(double))
@@ -1069,6 +1096,14 @@ cdef int moments_by_cells(double *rows, const floating *x, const Work *w) noexce
     return 0
 
 
+cdef void normalize_share(
+    floating *y, double *rows, const floating *x, const floating *beta, const Work *w, Py_ssize_t i,
+) noexcept nogil:
+    cdef Py_ssize_t block
+    for block in range(w.blocks):
+        normalize_task(y, rows, x, beta, w, block, first_cell(w, i), first_cell(w, i + 1))
+
+
 cdef int forward_by_cells(
     floating *y, double *rows, const floating *x, const floating *gamma, const floating *beta,
     double eps, const Work *w,
@@ -1079,8 +1114,8 @@ cdef int forward_by_cells(
     for i in range(w.blocks):
         describe_task(rows, gamma, eps, w, i)
     if w.write:
-        for i in prange(w.writes.cells * w.blocks, num_threads=w.threads, schedule="static"):
-            normalize_task(y, rows, x, beta, w, i % w.blocks, i // w.blocks, i // w.blocks + 1)
+        for i in prange(w.threads, num_threads=w.threads, schedule="static"):
+            normalize_share(y, rows, x, beta, w, i)
     return 0
 
 
@@ -1195,6 +1230,17 @@ cdef int gradients_by_cells(
     return 0
 
 
+cdef void input_gradient_share(
+    floating *dx, const double *all_sums, double *rows, const floating *dout, const floating *x,
+    double count, const Work *w, Py_ssize_t i,
+) noexcept nogil:
+    cdef Py_ssize_t block
+    for block in range(w.blocks):
+        input_gradient_task(
+            dx, all_sums, rows, dout, x, count,
+            w, block, first_cell(w, i), first_cell(w, i + 1))
+
+
 cdef int backward_by_cells(
     floating *dx, double *all_sums, double *rows, const floating *dout, const floating *x, double
     count, const Work *w,
@@ -1203,10 +1249,8 @@ cdef int backward_by_cells(
     if w.measure and gradients_by_cells(all_sums, rows, dout, x, w):
         return -1
     if w.write:
-        for i in prange(w.writes.cells * w.blocks, num_threads=w.threads, schedule="static"):
-            input_gradient_task(
-                dx, all_sums, rows, dout, x, count,
-                w, i % w.blocks, i // w.blocks, i // w.blocks + 1)
+        for i in prange(w.threads, num_threads=w.threads, schedule="static"):
+            input_gradient_share(dx, all_sums, rows, dout, x, count, w, i)
     return 0
 
 

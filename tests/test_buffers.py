@@ -1,0 +1,67 @@
+"""The pool of output buffers: recycled as soon as nobody holds them, never before."""
+
+import numpy as np
+import pytest
+from bn_cy._buffers import Buffer, Pool
+
+from bn_cy import batchnorm_forward
+
+SHAPE = (1024, 256)  # a megabyte of float32
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+@pytest.fixture
+def x(rng):
+    return rng.standard_normal(SHAPE, np.float32)
+
+
+def test_outputs_begin_on_a_cache_line(x):
+    assert address(batchnorm_forward(x)[0]) % 64 == 0
+
+
+def test_memory_that_nobody_holds_serves_the_next_output(x):
+    y, _ = batchnorm_forward(x)
+    first = address(y)
+    del y
+    assert address(batchnorm_forward(x)[0]) == first
+
+
+@pytest.mark.parametrize(
+    "keep", [lambda y: y, lambda y: y[::2, 3], memoryview, lambda y: y.T.reshape(-1)[5:]]
+)
+def test_memory_that_somebody_holds_is_left_alone(x, keep):
+    y, _ = batchnorm_forward(x)
+    kept = keep(y)
+    before = np.array(kept)
+    del y
+    others = [batchnorm_forward(x + 1)[0] for _ in range(3)]
+    assert len({address(other) for other in others}) == 3
+    np.testing.assert_array_equal(kept, before)
+
+
+def test_pool_takes_the_last_free_block_of_the_size():
+    pool = Pool(limit=1 << 20)
+    small, large = Buffer(100, pool), Buffer(200, pool)
+    assert pool.free == []
+    del small, large
+    assert [block.size for block in pool.free] == [100, 200]
+    again = Buffer(100, pool)
+    assert [block.size for block in pool.free] == [200]
+    assert memoryview(again).nbytes == 100
+
+
+def test_pool_lets_the_oldest_go_beyond_its_limit():
+    pool = Pool(limit=250)
+    buffers = [Buffer(size, pool) for size in (100, 110, 120)]
+    while buffers:
+        del buffers[0]
+    assert [block.size for block in pool.free] == [110, 120]
+
+
+def test_pool_keeps_nothing_larger_than_its_limit():
+    pool = Pool(limit=250)
+    Buffer(300, pool)
+    assert pool.free == []
