@@ -1,1 +1,8 @@
-# Marks bn_cy as a package that Cython code can cimport from.
+# Cython code calls the loops without Python through the table that `_kernels.pxd` declares:
+#
+#     from bn_cy._kernels cimport Kernels, Shape
+#     from cpython.pycapsule cimport PyCapsule_GetPointer
+#     from bn_cy._dispatch import KERNELS
+#     cdef Kernels *kernels = <Kernels *>PyCapsule_GetPointer(KERNELS, "bn_cy.Kernels")
+#
+# kernels[0] is for float, kernels[1] for double.

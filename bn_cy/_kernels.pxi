@@ -95,8 +95,8 @@ cdef enum:
     NARROW = 128    # columns of a row that are enough for vectors
     WIDTH = 1024    # columns in a row of a block, at the most: bounds every scratch array
     LANES = 16      # columns that a long run is cut into for sums: their accumulators are registers
-    BURST = 128     # columns between two writes past the cache: reads and writes overlap
     CHUNK = 128     # columns that it is cut into for writing
+    BURST = 128     # columns between two writes past the cache: reads and writes overlap
     RUNS = 8        # features of a block of runs, where they are short: their work is vectorised
     GROUP = 8       # rows that are added up in the data's type before they go to double
     LINE = 16       # floats of a cache line
@@ -929,8 +929,8 @@ cdef inline void load_sums(
 
 
 cdef void prepare_input_gradient(
-    floating *columns, const Statistics *s, const double *sums, double count, const Grid *g, const
-    Block *b,
+    floating *columns, const Statistics *s, const double *sums, double count,
+    const Grid *g, const Block *b,
 ) noexcept nogil:
     cdef double means[2 * WIDTH]
     cdef Py_ssize_t f, size = b.size

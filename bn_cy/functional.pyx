@@ -41,8 +41,8 @@ __all__ = [
 ]
 
 cdef enum:
-    SMALL = 24_000  # values, a feature counting as FEATURE, below which a second thread costs more
-    FEATURE = 16    # than it brings, and so does letting other Python threads run
+    GRAIN = 12_000  # values of work, a feature counting as FEATURE, that a thread has at the least
+    FEATURE = 16
 
 # Bytes from which an output is written past the cache: what the last level would not keep beside x.
 cdef Py_ssize_t STREAMED = 2 * last_level_cache() // 3
@@ -502,9 +502,10 @@ cdef int call_backward(
 
 cdef int threads_for(Batch batch) except -1:
     """How many threads to use; 0: one, and the call is over before the GIL could be given up."""
-    if batch.size + FEATURE * batch.shape.features < SMALL:
+    cdef Py_ssize_t useful = (batch.size + FEATURE * batch.shape.features) // GRAIN
+    if useful < 2:
         return 0
-    return get_num_threads()
+    return min(useful, <Py_ssize_t>get_num_threads())
 
 
 cdef delivered(result, out):

@@ -1,10 +1,9 @@
-"""The nine BatchNormalization cases that ONNX publishes with its backend tests.
+"""The specification of BatchNormalization by ONNX, in 80 bits, on the shapes of its nine cases.
 
-Four are made for the operator (onnx/backend/test/case/node/batchnorm.py: NumPy's legacy generator,
-seeded with 0, draws x, scale, bias, mean and var, in that order), five come from PyTorch's modules
-in eval (onnx/backend/test/data/pytorch-converted); of the latter the shapes and epsilons are
-published facts and the values are drawn here. What comes out is checked against the operator's
-specification in 80-bit arithmetic: there momentum is the weight of the old value, and the running
+The stored data of the nine are checked in `peers/test_onnx.py`, which needs the onnx package. Four
+of them are made for the operator (NumPy's legacy generator, seeded with 0, draws x, scale, bias,
+mean and var, in that order), and are drawn likewise here; of the five converted from PyTorch's
+modules the values are drawn afresh. momentum is the weight of the old value there, and the running
 variance is the biased one.
 """
 
