@@ -1,6 +1,7 @@
 """What `show_config` tells."""
 
-from bn_cy import _cpu, _dispatch, _threads
+from bn_cy import _dispatch, _threads
+from bn_cy._openmp import cpu
 
 __all__ = ["show_config"]
 
@@ -34,7 +35,7 @@ def show_config(mode="stdout"):
     config = {
         "variant": _dispatch.VARIANT,
         "supported": _dispatch.SUPPORTED,
-        "openmp": _cpu.OPENMP,
+        "openmp": cpu.OPENMP,
         "threads": _threads.get_num_threads(),
         "flags": _dispatch.FLAGS,
     }

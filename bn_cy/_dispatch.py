@@ -8,7 +8,7 @@ BN_CY_ISA forces one.
 import importlib
 import os
 
-from bn_cy import _cpu
+from bn_cy._openmp import cpu
 
 
 def choose_variant(forced, supported):
@@ -33,7 +33,7 @@ def choose_variant(forced, supported):
     return forced or supported[0]
 
 
-SUPPORTED = [level for level in _cpu.supported_levels() if level in _cpu.BUILT] or ["plain"]
+SUPPORTED = [level for level in cpu.supported_levels() if level in cpu.BUILT] or ["plain"]
 VARIANT = choose_variant(os.environ.get("BN_CY_ISA", ""), SUPPORTED)
 
 # A variant that is broken is an error and not a reason to take another.

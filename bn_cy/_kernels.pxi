@@ -191,7 +191,9 @@ cdef inline bint is_run(Py_ssize_t outer, Py_ssize_t inner) noexcept nogil:
     return inner > WIDTH or (outer < GROUP and inner >= 4 * LINE)
 
 
-cdef Py_ssize_t block_features(const Grid *g, int threads) noexcept nogil:
+cdef Py_ssize_t block_features(
+    const Grid *g, int threads, Py_ssize_t itemsize,
+) noexcept nogil:
     """Features that are walked together; has no say in the order of any sum."""
     cdef Py_ssize_t unit, block
     if is_run(g.outer, g.inner):
@@ -200,7 +202,7 @@ cdef Py_ssize_t block_features(const Grid *g, int threads) noexcept nogil:
     if g.times > 1:
         return g.features
     unit = line_multiple(g.inner)
-    block = max(<Py_ssize_t>1, WIDTH // g.inner)
+    block = max(<Py_ssize_t>1, WIDTH * sizeof(float) // (itemsize * g.inner))
     block = min(block, round_up(ceil_div(g.features, threads), unit))
     if block > unit:
         block -= block % unit
@@ -971,7 +973,7 @@ cdef Work share(
     else:
         w.by_cells = w.sums.times > 1 or w.sums.cells >= w.threads
     w.by_cells &= w.threads > 1 and w.sums.cells > 1
-    w.size = block_features(&w.sums, 1 if w.by_cells else w.threads)
+    w.size = block_features(&w.sums, 1 if w.by_cells else w.threads, itemsize)
     w.blocks = ceil_div(shape.features, w.size)
     return w
 

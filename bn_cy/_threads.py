@@ -3,7 +3,7 @@
 import operator
 import os
 
-from bn_cy import _cpu
+from bn_cy._openmp import cpu
 
 _limit = None  # what set_num_threads asked for
 _forked = False
@@ -61,9 +61,9 @@ def get_num_threads():
     >>> bn_cy.get_num_threads() >= 1
     True
     """
-    if _forked or not _cpu.OPENMP:
+    if _forked or not cpu.OPENMP:
         return 1
-    return _limit or _cpu.max_threads()
+    return _limit or cpu.max_threads()
 
 
 def _stay_serial():

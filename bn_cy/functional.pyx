@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bn_cy._cpu import last_level_cache
 from bn_cy._dispatch import KERNELS
 from bn_cy._layout import check_apart
+from bn_cy._openmp import cpu
 from bn_cy._threads import get_num_threads
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
@@ -45,7 +45,7 @@ cdef enum:
     FEATURE = 16
 
 # Bytes from which an output is written past the cache: what the last level would not keep beside x.
-cdef Py_ssize_t STREAMED = 2 * last_level_cache() // 3
+cdef Py_ssize_t STREAMED = 2 * cpu.last_level_cache() // 3
 
 cdef Kernels *kernels = <Kernels *>PyCapsule_GetPointer(KERNELS, "bn_cy.Kernels")
 cdef object new_array = np.empty
