@@ -100,6 +100,7 @@ cdef enum:
     RUNS = 8        # features of a block of runs, where they are short: their work is vectorised
     GROUP = 8       # rows that are added up in the data's type before they go to double
     LINE = 16       # floats of a cache line
+    FEW = 32        # values of a feature below which roundings do not average: all terms in double
     CELLS = 64      # parts that a feature's rows are summed in, at the most
     CELL_ROWS = 64  # rows of such a part, at the least
     SHEET_ROWS = 1024  # rows of a sheet that is not cut between parts, at the most
@@ -758,10 +759,15 @@ cdef void moments_of_block(
 ) noexcept nogil:
     cdef floating storage[SCRATCH]
     cdef floating *shift = <floating *>aligned(storage)
+    cdef double wide[WIDTH]
     cdef double sums[2 * WIDTH]
     sample_shift(s, x, g, b)
-    spread(shift, s.mean, g, b)
-    sum_deviations(sums, x, shift, g, b)
+    if g.count < FEW:
+        spread(wide, s.mean, g, b)
+        sum_deviations(sums, x, wide, g, b)
+    else:
+        spread(shift, s.mean, g, b)
+        sum_deviations(sums, x, shift, g, b)
     moments_of_sums(s, sums, x, g, b)
 
 
