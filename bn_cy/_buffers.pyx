@@ -1,4 +1,4 @@
-"""Memory for large output arrays: aligned, and recycled.
+"""Memory: aligned, and for large output arrays recycled.
 
 A fresh array of 64 MB costs several times its batch norm in page faults. Here the memory of an
 output that nobody holds any longer serves the next one. A `Buffer` owns one block and is the base
@@ -29,6 +29,7 @@ cdef enum:
     HUGE_PAGE = 2 * 1024 * 1024
 
 
+@cython.freelist(8)
 cdef class Block:
     """Raw memory, with an aligned start."""
 
@@ -36,7 +37,7 @@ cdef class Block:
         cdef size_t alignment = HUGE_PAGE if size >= 2 * HUGE_PAGE else ALIGNMENT
         self.raw = PyMem_RawMalloc(size + alignment)
         if self.raw == NULL:
-            raise MemoryError(f"no memory for an output of {size} bytes")
+            raise MemoryError(f"no memory for {size} bytes")
         self.start = <char *>((<uintptr_t>self.raw + alignment - 1) // alignment * alignment)
         self.size = size
         if alignment == HUGE_PAGE:

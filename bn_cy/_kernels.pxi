@@ -450,6 +450,41 @@ cdef inline void fold(
         columns += size * each
 
 
+cdef struct Sums:  # two of every feature of a block
+    double *first
+    double *second
+
+
+cdef inline Sums sums_at(double *start, Py_ssize_t pitch) noexcept nogil:
+    cdef Sums t
+    t.first, t.second = start, start + pitch
+    return t
+
+
+cdef inline void add_sums(Sums total, Sums part, Py_ssize_t size) noexcept nogil:
+    """Parts are added in the order of the grid, whichever thread summed them."""
+    cdef Py_ssize_t f
+    for f in range(size):
+        total.first[f] += part.first[f]
+    for f in range(size):
+        total.second[f] += part.second[f]
+
+
+cdef inline Sums columns_of(Sums t, double *scratch, const Block *b) noexcept nogil:
+    """Where the columns of a block are summed: in place, if a column is a feature."""
+    if b.width > b.size:
+        t = sums_at(scratch, b.pitch)
+    memset(t.first, 0, b.width * sizeof(double))
+    memset(t.second, 0, b.width * sizeof(double))
+    return t
+
+
+cdef inline void fold_columns(Sums t, Sums columns, const Grid *g, const Block *b) noexcept nogil:
+    if b.width > b.size:
+        fold(t.first, columns.first, g, b)
+        fold(t.second, columns.second, g, b)
+
+
 # -------------------------------------------------------------------------------------------------
 # Walking a cell of the grid: its pieces are stretches of rows of one sheet
 
@@ -491,55 +526,50 @@ cdef inline bint advance(Piece *p, const Grid *g, const Block *b) noexcept nogil
 
 
 cdef void deviations_of_cell(
-    double *part, const floating *x, const real *shift,
-    const Grid *g, const Block *b, Py_ssize_t cell,
+    Sums t, const floating *x, const real *shift, const Grid *g, const Block *b, Py_ssize_t cell,
 ) noexcept nogil:
     cdef double storage[2 * SCRATCH]
-    cdef double *sums = <double *>aligned(storage)
+    cdef Sums columns = columns_of(t, <double *>aligned(storage), b)
     cdef double *sum1
+    cdef double *sum2
     cdef Piece p = cell_at(g, b, cell)
-    memset(sums, 0, (b.pitch + b.width) * sizeof(double))
     while advance(&p, g, b):
-        sum1 = sums + p.column
+        sum1, sum2 = columns.first + p.column, columns.second + p.column
         if p.width == LANES and g.stride == LANES:  # known to the compiler: sums stay in registers
-            add_deviations(
-                sum1, sum1 + b.pitch, x + p.offset, shift + p.column, p.rows, LANES, LANES)
+            add_deviations(sum1, sum2, x + p.offset, shift + p.column, p.rows, LANES, LANES)
         else:
-            add_deviations(
-                sum1, sum1 + b.pitch, x + p.offset, shift + p.column, p.rows, p.width, g.stride)
+            add_deviations(sum1, sum2, x + p.offset, shift + p.column, p.rows, p.width, g.stride)
         add_deviations(
-            sum1, sum1 + b.pitch, x + p.offset + p.rows * g.stride, shift + p.column,
+            sum1, sum2, x + p.offset + p.rows * g.stride, shift + p.column,
             p.tail > 0, p.tail, g.stride)
-    fold(part, sums, g, b)
-    fold(part + b.size, sums + b.pitch, g, b)
+    fold_columns(t, columns, g, b)
 
 
 cdef void gradients_of_cell(
-    double *part, const floating *dout, const floating *x, const real *columns,
+    Sums t, const floating *dout, const floating *x, const real *columns,
     const Grid *g, const Block *b, Py_ssize_t cell,
 ) noexcept nogil:
     cdef double storage[2 * SCRATCH]
-    cdef double *sums = <double *>aligned(storage)
+    cdef Sums of_columns = columns_of(t, <double *>aligned(storage), b)
     cdef double *sum1
+    cdef double *sum2
     cdef Py_ssize_t at
     cdef Piece p = cell_at(g, b, cell)
-    memset(sums, 0, (b.pitch + b.width) * sizeof(double))
     while advance(&p, g, b):
-        sum1 = sums + p.column
+        sum1, sum2 = of_columns.first + p.column, of_columns.second + p.column
+        at = p.offset
         if p.width == LANES and g.stride == LANES:
             add_gradients(
-                sum1, sum1 + b.pitch, dout + p.offset, x + p.offset, columns + p.column, b.pitch,
-                p.rows, LANES, LANES)
+                sum1, sum2, dout + at, x + at, columns + p.column, b.pitch, p.rows, LANES, LANES)
         else:
             add_gradients(
-                sum1, sum1 + b.pitch, dout + p.offset, x + p.offset, columns + p.column, b.pitch,
+                sum1, sum2, dout + at, x + at, columns + p.column, b.pitch,
                 p.rows, p.width, g.stride)
-        at = p.offset + p.rows * g.stride
+        at += p.rows * g.stride
         add_gradients(
-            sum1, sum1 + b.pitch, dout + at, x + at, columns + p.column, b.pitch,
+            sum1, sum2, dout + at, x + at, columns + p.column, b.pitch,
             p.tail > 0, p.tail, g.stride)
-    fold(part, sums, g, b)
-    fold(part + b.size, sums + b.pitch, g, b)
+    fold_columns(t, of_columns, g, b)
 
 
 cdef void normalize_cell(
@@ -574,13 +604,6 @@ cdef void input_gradient_cell(
             dx + at, dout + at, x + at, columns + p.column, b.pitch, p.tail, writing, b.ahead)
 
 
-cdef inline void add_part(double *sums, const double *part, const Block *b) noexcept nogil:
-    """Cells are merged in the order of the grid, whichever thread summed them."""
-    cdef Py_ssize_t i
-    for i in range(2 * b.size):
-        sums[i] += part[i]
-
-
 # -------------------------------------------------------------------------------------------------
 # Statistics of a block of features
 
@@ -590,16 +613,6 @@ cdef struct Statistics:
     double *var
     double *invstd
     double *gamma
-
-
-cdef inline Statistics statistics_of(double *rows, const Grid *g, const Block *b) noexcept nogil:
-    cdef Statistics s
-    s.mean = rows + MEAN * g.features + b.start
-    s.rest = rows + REST * g.features + b.start
-    s.var = rows + VAR * g.features + b.start
-    s.invstd = rows + INVSTD * g.features + b.start
-    s.gamma = rows + GAMMA * g.features + b.start
-    return s
 
 
 cdef inline double coarse(double value, double spread) noexcept nogil:
@@ -637,14 +650,15 @@ cdef void sample_shift(
 
 
 cdef void sum_deviations(
-    double *sums, const floating *x, const real *shift, const Grid *g, const Block *b,
+    Sums t, const floating *x, const real *shift, const Grid *g, const Block *b,
 ) noexcept nogil:
-    cdef double part[2 * WIDTH]
+    cdef double storage[2 * WIDTH]
+    cdef Sums part = sums_at(storage, WIDTH)
     cdef Py_ssize_t cell
-    memset(sums, 0, 2 * b.size * sizeof(double))
-    for cell in range(g.cells):
+    deviations_of_cell(t, x, shift, g, b, 0)
+    for cell in range(1, g.cells):
         deviations_of_cell(part, x, shift, g, b, cell)
-        add_part(sums, part, b)
+        add_sums(t, part, b.size)
 
 
 cdef inline void settle(
@@ -666,7 +680,7 @@ cdef inline double far_from(Py_ssize_t count) noexcept nogil:
 
 
 cdef bint settle_block(
-    const Statistics *s, long long *suspect, const double *sums, Py_ssize_t count, double least,
+    const Statistics *s, long long *suspect, Sums t, Py_ssize_t count, double least,
     Py_ssize_t size,
 ) noexcept nogil:
     """The moments of a block, and which of them to doubt: those whose shift was far from the mean,
@@ -674,13 +688,15 @@ cdef bint settle_block(
     cdef double *mean = s.mean
     cdef double *rest = s.rest
     cdef double *var = s.var
+    cdef const double *sum1 = t.first
+    cdef const double *sum2 = t.second
     cdef Py_ssize_t f
-    cdef double delta, n = count, share = 1 / n, far = far_from(count)
+    cdef double delta, share = 1 / <double>count, far = far_from(count)
     cdef long long doubt = 0
     for f in range(size):
-        settle(mean + f, rest + f, var + f, sums[f] / n, sums[f + size] / n)
+        settle(mean + f, rest + f, var + f, sum1[f] * share, sum2[f] * share)
     for f in range(size):
-        delta = sums[f] * share
+        delta = sum1[f] * share
         suspect[f] = not (delta * delta <= far * var[f] and least <= var[f] <= 1e300)
     for f in range(size):
         doubt |= suspect[f]
@@ -723,8 +739,9 @@ cdef void sum_again(
 ) noexcept nogil:
     """The same sums with every term in double, about the mean just found, until it stays there."""
     cdef double shift[WIDTH]
-    cdef double sums[2 * WIDTH]
-    cdef double delta, far = far_from(g.count)
+    cdef double storage[2 * WIDTH]
+    cdef Sums t = sums_at(storage, WIDTH)
+    cdef double delta, share = 1 / <double>g.count, far = far_from(g.count)
     cdef bint again = True
     cdef int attempt
     cdef Py_ssize_t f
@@ -736,21 +753,21 @@ cdef void sum_again(
             return
         again = False
         spread(shift, s.mean, g, b)
-        sum_deviations(sums, x, shift, g, b)
+        sum_deviations(t, x, shift, g, b)
         for f in range(b.size):
             if suspect[f]:
-                delta = sums[f] / g.count
-                settle(s.mean + f, s.rest + f, s.var + f, delta, sums[f + b.size] / g.count)
+                delta = t.first[f] * share
+                settle(s.mean + f, s.rest + f, s.var + f, delta, t.second[f] * share)
                 suspect[f] = isfinite(s.var[f]) and delta * delta > far * s.var[f]
                 again |= suspect[f] != 0
 
 
 cdef void moments_of_sums(
-    const Statistics *s, const double *sums, const floating *x, const Grid *g, const Block *b,
+    const Statistics *s, Sums t, const floating *x, const Grid *g, const Block *b,
 ) noexcept nogil:
     cdef long long suspect[WIDTH]
     cdef double least = 1e-30 if sizeof(floating) == 4 else 1e-290  # squares below it lose digits
-    if settle_block(s, suspect, sums, g.count, least, b.size):
+    if settle_block(s, suspect, t, g.count, least, b.size):
         rescue_moments(s, suspect, x, g, b)
 
 
@@ -761,14 +778,15 @@ cdef void moments_of_block(
     cdef floating *shift = <floating *>aligned(storage)
     cdef double wide[WIDTH]
     cdef double sums[2 * WIDTH]
+    cdef Sums t = sums_at(sums, WIDTH)
     sample_shift(s, x, g, b)
     if g.count < FEW:
         spread(wide, s.mean, g, b)
-        sum_deviations(sums, x, wide, g, b)
+        sum_deviations(t, x, wide, g, b)
     else:
         spread(shift, s.mean, g, b)
-        sum_deviations(sums, x, shift, g, b)
-    moments_of_sums(s, sums, x, g, b)
+        sum_deviations(t, x, shift, g, b)
+    moments_of_sums(s, t, x, g, b)
 
 
 cdef void describe(
@@ -841,13 +859,32 @@ cdef void spread_xhat(
     spread(columns + XHAT_SCALE * b.pitch, s.invstd, g, b)
 
 
-cdef inline double power_of_two(double value) noexcept nogil:
-    """The power of two at or below a positive number: to multiply by it rounds nothing."""
+cdef inline unsigned long long bits_of(double value) noexcept nogil:
     cdef unsigned long long bits
     memcpy(&bits, &value, sizeof(bits))
+    return bits
+
+
+cdef inline double power_of_two(unsigned long long bits) noexcept nogil:
+    """The number that has the exponent of these bits: to multiply by it rounds nothing."""
+    cdef double value
     bits &= 0x7FF0000000000000ULL
-    memcpy(&value, &bits, sizeof(bits))
+    memcpy(&value, &bits, sizeof(value))
     return value
+
+
+cdef inline double power_below(double value) noexcept nogil:
+    return power_of_two(bits_of(value))
+
+
+cdef inline double root_below(double value) noexcept nogil:
+    """A power of two near the square root, hardly ever above it: half the exponent. 0 of 0."""
+    return power_of_two((bits_of(value) >> 1) + (1023ULL << 51)) if value > 0 else 0
+
+
+cdef inline double reciprocal(double power) noexcept nogil:
+    """1/power of a power of two: the exponent with the other sign."""
+    return power_of_two((2046ULL << 52) - bits_of(power))
 
 
 cdef void find_centres(
@@ -859,8 +896,8 @@ cdef void find_centres(
     cdef const double *invstd = s.invstd
     cdef Py_ssize_t f, size = b.size
     for f in range(size):
-        centres[f] = coarse(mean[f], sqrt(var[f]))
-        centres[f + size] = power_of_two(invstd[f])
+        centres[f] = coarse(mean[f], root_below(var[f]))
+        centres[f + size] = power_below(invstd[f])
     if single:
         for f in range(size):
             centres[f] = <float>centres[f]
@@ -874,79 +911,94 @@ cdef inline void spread_centres(
 
 
 cdef void settle_gradients(
-    double *sums, const double *centres, const Statistics *s, const Block *b,
+    Sums t, const double *centres, const Statistics *s, const Block *b,
 ) noexcept nogil:
     """dgamma = sum(dout*xhat) from the sum about the centre; what that leaves of the mean weighs
     sum(dout)."""
     cdef const double *mean = s.mean
     cdef const double *rest = s.rest
     cdef const double *invstd = s.invstd
-    cdef const double *sum_dout = sums
-    cdef double *product = sums + b.size
+    cdef const double *sum_dout = t.first
+    cdef double *product = t.second
     cdef const double *scale = centres + b.size
     cdef Py_ssize_t f, size = b.size
     for f in range(size):
         product[f] = (
-            product[f] / scale[f] - ((mean[f] - centres[f]) + rest[f]) * sum_dout[f]) * invstd[f]
+            product[f] * reciprocal(scale[f])
+            - ((mean[f] - centres[f]) + rest[f]) * sum_dout[f]) * invstd[f]
 
 
 cdef void sum_gradients(
-    double *sums, const floating *dout, const floating *x, const real *columns, const Grid *g,
-    const Block *b,
+    Sums t, const floating *dout, const floating *x, const real *columns,
+    const Grid *g, const Block *b,
 ) noexcept nogil:
-    cdef double part[2 * WIDTH]
+    cdef double storage[2 * WIDTH]
+    cdef Sums part = sums_at(storage, WIDTH)
     cdef Py_ssize_t cell
-    memset(sums, 0, 2 * b.size * sizeof(double))
-    for cell in range(g.cells):
+    gradients_of_cell(t, dout, x, columns, g, b, 0)
+    for cell in range(1, g.cells):
         gradients_of_cell(part, dout, x, columns, g, b, cell)
-        add_part(sums, part, b)
+        add_sums(t, part, b.size)
+
+
+cdef inline bint overflowed(const double *sums, Py_ssize_t size) noexcept nogil:
+    cdef Py_ssize_t f
+    cdef bint found = False
+    for f in range(size):
+        found |= not isfinite(sums[f])
+    return found
+
+
+cdef inline void replace_overflowed(
+    double *sums, const double *wide, Py_ssize_t size,
+) noexcept nogil:
+    cdef Py_ssize_t f
+    for f in range(size):
+        if not isfinite(sums[f]):
+            sums[f] = wide[f]
 
 
 cdef void rescue_gradients(
-    double *sums, const double *centres, const floating *dout, const floating *x,
+    Sums t, const double *centres, const floating *dout, const floating *x,
     const Grid *g, const Block *b,
 ) noexcept nogil:
     """Where a float sum overflowed: the same sums with every term in double."""
     cdef double columns[CENTRES * SCRATCH]
-    cdef double wide[2 * WIDTH]
-    cdef Py_ssize_t i
-    cdef bint overflow = False
-    for i in range(2 * b.size):
-        overflow |= not isfinite(sums[i])
-    if not overflow:
+    cdef double storage[2 * WIDTH]
+    cdef Sums wide = sums_at(storage, WIDTH)
+    if not (overflowed(t.first, b.size) or overflowed(t.second, b.size)):
         return
     spread_centres(columns, centres, g, b)
     sum_gradients(wide, dout, x, columns, g, b)
-    for i in range(2 * b.size):
-        if not isfinite(sums[i]):
-            sums[i] = wide[i]
+    replace_overflowed(t.first, wide.first, b.size)
+    replace_overflowed(t.second, wide.second, b.size)
 
 
-cdef inline void store_sums(
-    double *all_sums, const double *sums, const Grid *g, const Block *b,
+cdef void store_gradient(floating *gradient, const double *sums, const Block *b) noexcept nogil:
+    cdef Py_ssize_t f, size = b.size
+    if gradient != NULL:
+        gradient += b.start
+        for f in range(size):
+            gradient[f] = <floating>sums[f]
+
+
+cdef inline void spread_share(
+    real *column, const double *sums, double count, const Grid *g, const Block *b,
 ) noexcept nogil:
-    memcpy(all_sums + b.start, sums, b.size * sizeof(double))
-    memcpy(all_sums + g.features + b.start, sums + b.size, b.size * sizeof(double))
-
-
-cdef inline void load_sums(
-    double *sums, const double *all_sums, const Grid *g, const Block *b,
-) noexcept nogil:
-    memcpy(sums, all_sums + b.start, b.size * sizeof(double))
-    memcpy(sums + b.size, all_sums + g.features + b.start, b.size * sizeof(double))
+    cdef double means[WIDTH]
+    cdef double share = 1 / count
+    cdef Py_ssize_t f, size = b.size
+    for f in range(size):
+        means[f] = sums[f] * share
+    spread(column, means, g, b)
 
 
 cdef void prepare_input_gradient(
-    floating *columns, const Statistics *s, const double *sums, double count,
-    const Grid *g, const Block *b,
+    floating *columns, const Statistics *s, Sums t, double count, const Grid *g, const Block *b,
 ) noexcept nogil:
-    cdef double means[2 * WIDTH]
-    cdef Py_ssize_t f, size = b.size
-    for f in range(2 * size):
-        means[f] = sums[f] / count
     spread_xhat(columns, s, g, b)
-    spread(columns + MEAN_DOUT * b.pitch, means, g, b)
-    spread(columns + MEAN_PRODUCT * b.pitch, means + size, g, b)
+    spread_share(columns + MEAN_DOUT * b.pitch, t.first, count, g, b)
+    spread_share(columns + MEAN_PRODUCT * b.pitch, t.second, count, g, b)
     spread_scale(columns + DX_SCALE * b.pitch, s, g, b)
 
 
@@ -963,13 +1015,16 @@ cdef struct Work:
     int threads
     bint by_cells
     Py_ssize_t size, blocks  # features of a block, how many blocks
+    double *statistics
+    double *parts            # by cells: two sums of every feature of every cell
+    double *gradients        # backward: two sums of every feature
 
 
 cdef Work share(
-    const Shape *shape, Py_ssize_t itemsize, bint measure, bint write, int writing, int threads,
+    const Shape *shape, double *statistics, Py_ssize_t itemsize, bint measure, bint write,
+    int writing, int threads,
 ) noexcept nogil:
     cdef Work w
-    cdef Py_ssize_t values = shape.outer * shape.features * shape.inner
     w.sums = plan(shape.outer, shape.features, shape.inner, LANES)
     w.writes = plan(shape.outer, shape.features, shape.inner, CHUNK)
     w.measure, w.write, w.writing = measure, write, writing
@@ -981,6 +1036,7 @@ cdef Work share(
     w.by_cells &= w.threads > 1 and w.sums.cells > 1
     w.size = block_features(&w.sums, 1 if w.by_cells else w.threads, itemsize)
     w.blocks = ceil_div(shape.features, w.size)
+    w.statistics, w.parts, w.gradients = statistics, NULL, NULL
     return w
 
 
@@ -1003,38 +1059,66 @@ cdef inline Py_ssize_t first_cell(const Work *w, Py_ssize_t thread) noexcept nog
     return w.writes.cells * thread // w.threads
 
 
-cdef double *new_parts(const Work *w) noexcept nogil:
-    """Room for the two sums of every feature of every cell."""
-    return <double *>malloc(w.sums.cells * w.blocks * 2 * w.size * sizeof(double))
+cdef inline Statistics statistics_of(const Work *w, const Block *b) noexcept nogil:
+    cdef Statistics s
+    cdef double *first = w.statistics + b.start
+    s.mean = first + MEAN * w.sums.features
+    s.rest = first + REST * w.sums.features
+    s.var = first + VAR * w.sums.features
+    s.invstd = first + INVSTD * w.sums.features
+    s.gamma = first + GAMMA * w.sums.features
+    return s
 
 
-cdef void merge_parts(
-    double *sums, const double *parts, const Work *w, Py_ssize_t i, const Block *b,
-) noexcept nogil:
+cdef inline Sums gradients_of(const Work *w, const Block *b) noexcept nogil:
+    return sums_at(w.gradients + b.start, w.sums.features)
+
+
+cdef int take_parts(Work *w) noexcept nogil:
+    w.parts = <double *>malloc(w.sums.cells * w.blocks * 2 * w.size * sizeof(double))
+    return 0 if w.parts != NULL else -1
+
+
+cdef inline Sums part_of(const Work *w, Py_ssize_t cell, Py_ssize_t i) noexcept nogil:
+    """The sums of block `i` in a cell."""
+    return sums_at(w.parts + (cell * w.blocks + i) * 2 * w.size, w.size)
+
+
+cdef Sums merged_parts(const Work *w, Py_ssize_t i, const Block *b) noexcept nogil:
+    """The sums of block `i`, in the place of its first part."""
+    cdef Sums total = part_of(w, 0, i)
     cdef Py_ssize_t cell
-    memset(sums, 0, 2 * b.size * sizeof(double))
-    for cell in range(w.sums.cells):
-        add_part(sums, parts + (cell * w.blocks + i) * 2 * w.size, b)
+    for cell in range(1, w.sums.cells):
+        add_sums(total, part_of(w, cell, i), b.size)
+    return total
 
 
 # -------------------------------------------------------------------------------------------------
 # Forward
 
-cdef void moments_task(double *rows, const floating *x, const Work *w, Py_ssize_t i) noexcept nogil:
+cdef void moments_task(const floating *x, const Work *w, Py_ssize_t i) noexcept nogil:
     cdef Block b = block_of(&w.sums, w, i)
-    cdef Statistics s = statistics_of(rows, &w.sums, &b)
+    cdef Statistics s = statistics_of(w, &b)
     moments_of_block(&s, x, &w.sums, &b)
 
 
+cdef void describe_task(
+    const floating *gamma, double eps, const Work *w, Py_ssize_t i,
+) noexcept nogil:
+    cdef Block b = block_of(&w.sums, w, i)
+    cdef Statistics s = statistics_of(w, &b)
+    describe(&s, gamma, eps, &b)
+
+
 cdef void normalize_task(
-    floating *y, double *rows, const floating *x, const floating *beta,
+    floating *y, const floating *x, const floating *beta,
     const Work *w, Py_ssize_t i, Py_ssize_t first, Py_ssize_t stop,
 ) noexcept nogil:
     """Cells from the last to the first: it begins on what the first pass left in the cache."""
     cdef floating storage[4 * SCRATCH]
     cdef floating *columns = <floating *>aligned(storage)
     cdef Block b = block_of(&w.writes, w, i)
-    cdef Statistics s = statistics_of(rows, &w.writes, &b)
+    cdef Statistics s = statistics_of(w, &b)
     cdef Py_ssize_t cell
     b.ahead = ahead_of(&b, w, i, sizeof(floating))
     prepare_normalize(columns, &s, beta, &w.writes, &b)
@@ -1043,87 +1127,74 @@ cdef void normalize_task(
     end_streaming()
 
 
-cdef void describe_task(
-    double *rows, const floating *gamma, double eps, const Work *w, Py_ssize_t i,
-) noexcept nogil:
-    cdef Block b = block_of(&w.sums, w, i)
-    cdef Statistics s = statistics_of(rows, &w.sums, &b)
-    describe(&s, gamma, eps, &b)
-
-
 cdef void forward_block(
-    floating *y, double *rows, const floating *x, const floating *gamma, const floating *beta,
+    floating *y, const floating *x, const floating *gamma, const floating *beta,
     double eps, const Work *w, Py_ssize_t i,
 ) noexcept nogil:
     if w.measure:
-        moments_task(rows, x, w, i)
-    describe_task(rows, gamma, eps, w, i)
+        moments_task(x, w, i)
+    describe_task(gamma, eps, w, i)
     if w.write:
-        normalize_task(y, rows, x, beta, w, i, 0, w.writes.cells)
+        normalize_task(y, x, beta, w, i, 0, w.writes.cells)
 
 
-cdef void shift_task(double *rows, const floating *x, const Work *w, Py_ssize_t i) noexcept nogil:
+cdef void shift_task(const floating *x, const Work *w, Py_ssize_t i) noexcept nogil:
     cdef Block b = block_of(&w.sums, w, i)
-    cdef Statistics s = statistics_of(rows, &w.sums, &b)
+    cdef Statistics s = statistics_of(w, &b)
     sample_shift(&s, x, &w.sums, &b)
 
 
 cdef void deviations_task(
-    double *parts, double *rows, const floating *x, const Work *w, Py_ssize_t i,
+    const floating *x, const Work *w, Py_ssize_t cell, Py_ssize_t i,
 ) noexcept nogil:
     cdef floating storage[SCRATCH]
     cdef floating *shift = <floating *>aligned(storage)
-    cdef Block b = block_of(&w.sums, w, i % w.blocks)
-    cdef Statistics s = statistics_of(rows, &w.sums, &b)
-    spread(shift, s.mean, &w.sums, &b)
-    deviations_of_cell(parts + i * 2 * w.size, x, shift, &w.sums, &b, i // w.blocks)
-
-
-cdef void merge_moments(
-    const double *parts, double *rows, const floating *x, const Work *w, Py_ssize_t i,
-) noexcept nogil:
-    cdef double sums[2 * WIDTH]
     cdef Block b = block_of(&w.sums, w, i)
-    cdef Statistics s = statistics_of(rows, &w.sums, &b)
-    merge_parts(sums, parts, w, i, &b)
-    moments_of_sums(&s, sums, x, &w.sums, &b)
+    cdef Statistics s = statistics_of(w, &b)
+    spread(shift, s.mean, &w.sums, &b)
+    deviations_of_cell(part_of(w, cell, i), x, shift, &w.sums, &b, cell)
 
 
-cdef int moments_by_cells(double *rows, const floating *x, const Work *w) noexcept nogil:
-    cdef double *parts = new_parts(w)
+cdef void merge_moments(const floating *x, const Work *w, Py_ssize_t i) noexcept nogil:
+    cdef Block b = block_of(&w.sums, w, i)
+    cdef Statistics s = statistics_of(w, &b)
+    moments_of_sums(&s, merged_parts(w, i, &b), x, &w.sums, &b)
+
+
+cdef int moments_by_cells(const floating *x, Work *w) noexcept nogil:
     cdef Py_ssize_t i
-    if parts == NULL:
+    if take_parts(w):
         return -1
     for i in range(w.blocks):
-        shift_task(rows, x, w, i)
+        shift_task(x, w, i)
     for i in prange(w.sums.cells * w.blocks, num_threads=w.threads, schedule="static"):
-        deviations_task(parts, rows, x, w, i)
+        deviations_task(x, w, i // w.blocks, i % w.blocks)
     for i in range(w.blocks):
-        merge_moments(parts, rows, x, w, i)
-    free(parts)
+        merge_moments(x, w, i)
+    free(w.parts)
     return 0
 
 
 cdef void normalize_share(
-    floating *y, double *rows, const floating *x, const floating *beta, const Work *w, Py_ssize_t i,
+    floating *y, const floating *x, const floating *beta, const Work *w, Py_ssize_t thread,
 ) noexcept nogil:
-    cdef Py_ssize_t block
-    for block in range(w.blocks):
-        normalize_task(y, rows, x, beta, w, block, first_cell(w, i), first_cell(w, i + 1))
+    cdef Py_ssize_t i
+    for i in range(w.blocks):
+        normalize_task(y, x, beta, w, i, first_cell(w, thread), first_cell(w, thread + 1))
 
 
 cdef int forward_by_cells(
-    floating *y, double *rows, const floating *x, const floating *gamma, const floating *beta,
-    double eps, const Work *w,
+    floating *y, const floating *x, const floating *gamma, const floating *beta,
+    double eps, Work *w,
 ) noexcept nogil:
     cdef Py_ssize_t i
-    if w.measure and moments_by_cells(rows, x, w):
+    if w.measure and moments_by_cells(x, w):
         return -1
     for i in range(w.blocks):
-        describe_task(rows, gamma, eps, w, i)
+        describe_task(gamma, eps, w, i)
     if w.write:
         for i in prange(w.threads, num_threads=w.threads, schedule="static"):
-            normalize_share(y, rows, x, beta, w, i)
+            normalize_share(y, x, beta, w, i)
     return 0
 
 
@@ -1132,159 +1203,138 @@ cdef int forward_of(
     const Shape *shape, double eps, bint measure, bint streaming, int threads,
 ) noexcept nogil:
     cdef int writing = STREAMING if streaming else DIRECT
-    cdef Work w = share(shape, sizeof(floating), measure, y != NULL, writing, threads)
+    cdef Work w = share(
+        shape, statistics, sizeof(floating), measure, y != NULL, writing, threads)
     cdef Py_ssize_t i
     if w.by_cells:
-        return forward_by_cells(y, statistics, x, gamma, beta, eps, &w)
+        return forward_by_cells(y, x, gamma, beta, eps, &w)
     if w.threads == 1:  # no parallel region of one: it costs, and a forked child has no OpenMP
         for i in range(w.blocks):
-            forward_block(y, statistics, x, gamma, beta, eps, &w, i)
+            forward_block(y, x, gamma, beta, eps, &w, i)
     else:
         for i in prange(w.blocks, num_threads=w.threads, schedule="static"):
-            forward_block(y, statistics, x, gamma, beta, eps, &w, i)
+            forward_block(y, x, gamma, beta, eps, &w, i)
     return 0
 
 
 # -------------------------------------------------------------------------------------------------
 # Backward, likewise
 
+cdef void finish_gradients(
+    Sums t, const double *centres, const floating *dout, const floating *x, const Statistics *s,
+    floating *dgamma, floating *dbeta, const Grid *g, const Block *b,
+) noexcept nogil:
+    rescue_gradients(t, centres, dout, x, g, b)
+    settle_gradients(t, centres, s, b)
+    store_gradient(dbeta, t.first, b)
+    store_gradient(dgamma, t.second, b)
+
+
 cdef void gradients_task(
-    double *all_sums, double *rows, const floating *dout, const floating *x, const Work *w,
+    floating *dgamma, floating *dbeta, const floating *dout, const floating *x, const Work *w,
     Py_ssize_t i,
 ) noexcept nogil:
     cdef floating storage[CENTRES * SCRATCH]
     cdef floating *columns = <floating *>aligned(storage)
     cdef double centres[2 * WIDTH]
-    cdef double sums[2 * WIDTH]
     cdef Block b = block_of(&w.sums, w, i)
-    cdef Statistics s = statistics_of(rows, &w.sums, &b)
+    cdef Statistics s = statistics_of(w, &b)
+    cdef Sums t = gradients_of(w, &b)
     find_centres(centres, &s, sizeof(floating) == 4, &b)
     spread_centres(columns, centres, &w.sums, &b)
-    sum_gradients(sums, dout, x, columns, &w.sums, &b)
-    rescue_gradients(sums, centres, dout, x, &w.sums, &b)
-    settle_gradients(sums, centres, &s, &b)
-    store_sums(all_sums, sums, &w.sums, &b)
+    sum_gradients(t, dout, x, columns, &w.sums, &b)
+    finish_gradients(t, centres, dout, x, &s, dgamma, dbeta, &w.sums, &b)
 
 
 cdef void input_gradient_task(
-    floating *dx, const double *all_sums, double *rows, const floating *dout, const floating *x,
-    double count, const Work *w, Py_ssize_t i, Py_ssize_t first, Py_ssize_t stop,
+    floating *dx, const floating *dout, const floating *x, double count,
+    const Work *w, Py_ssize_t i, Py_ssize_t first, Py_ssize_t stop,
 ) noexcept nogil:
     cdef floating storage[PARAMETERS * SCRATCH]
     cdef floating *columns = <floating *>aligned(storage)
-    cdef double sums[2 * WIDTH]
     cdef Block b = block_of(&w.writes, w, i)
-    cdef Statistics s = statistics_of(rows, &w.writes, &b)
+    cdef Statistics s = statistics_of(w, &b)
     cdef Py_ssize_t cell
-    load_sums(sums, all_sums, &w.writes, &b)
     b.ahead = ahead_of(&b, w, i, 2 * sizeof(floating))
-    prepare_input_gradient(columns, &s, sums, count, &w.writes, &b)
+    prepare_input_gradient(columns, &s, gradients_of(w, &b), count, &w.writes, &b)
     for cell in range(stop - 1, first - 1, -1):
         input_gradient_cell(dx, dout, x, columns, &w.writes, &b, cell, w.writing)
     end_streaming()
 
 
 cdef void backward_block(
-    floating *dx, double *all_sums, double *rows, const floating *dout, const floating *x, double
-    count, const Work *w, Py_ssize_t i,
+    floating *dx, floating *dgamma, floating *dbeta, const floating *dout, const floating *x,
+    double count, const Work *w, Py_ssize_t i,
 ) noexcept nogil:
     if w.measure:
-        gradients_task(all_sums, rows, dout, x, w, i)
+        gradients_task(dgamma, dbeta, dout, x, w, i)
     if w.write:
-        input_gradient_task(dx, all_sums, rows, dout, x, count, w, i, 0, w.writes.cells)
+        input_gradient_task(dx, dout, x, count, w, i, 0, w.writes.cells)
 
 
 cdef void gradient_parts_task(
-    double *parts, double *rows, const floating *dout, const floating *x, const Work *w,
-    Py_ssize_t i,
+    const floating *dout, const floating *x, const Work *w, Py_ssize_t cell, Py_ssize_t i,
 ) noexcept nogil:
     cdef floating storage[CENTRES * SCRATCH]
     cdef floating *columns = <floating *>aligned(storage)
     cdef double centres[2 * WIDTH]
-    cdef Block b = block_of(&w.sums, w, i % w.blocks)
-    cdef Statistics s = statistics_of(rows, &w.sums, &b)
+    cdef Block b = block_of(&w.sums, w, i)
+    cdef Statistics s = statistics_of(w, &b)
     find_centres(centres, &s, sizeof(floating) == 4, &b)
     spread_centres(columns, centres, &w.sums, &b)
-    gradients_of_cell(parts + i * 2 * w.size, dout, x, columns, &w.sums, &b, i // w.blocks)
+    gradients_of_cell(part_of(w, cell, i), dout, x, columns, &w.sums, &b, cell)
 
 
 cdef void merge_gradients(
-    double *all_sums, const double *parts, double *rows, const floating *dout, const floating *x,
+    floating *dgamma, floating *dbeta, const floating *dout, const floating *x,
     const Work *w, Py_ssize_t i,
 ) noexcept nogil:
     cdef double centres[2 * WIDTH]
-    cdef double sums[2 * WIDTH]
     cdef Block b = block_of(&w.sums, w, i)
-    cdef Statistics s = statistics_of(rows, &w.sums, &b)
+    cdef Statistics s = statistics_of(w, &b)
+    cdef Sums t = gradients_of(w, &b)
+    cdef Sums merged = merged_parts(w, i, &b)
+    memcpy(t.first, merged.first, b.size * sizeof(double))
+    memcpy(t.second, merged.second, b.size * sizeof(double))
     find_centres(centres, &s, sizeof(floating) == 4, &b)
-    merge_parts(sums, parts, w, i, &b)
-    rescue_gradients(sums, centres, dout, x, &w.sums, &b)
-    settle_gradients(sums, centres, &s, &b)
-    store_sums(all_sums, sums, &w.sums, &b)
+    finish_gradients(t, centres, dout, x, &s, dgamma, dbeta, &w.sums, &b)
 
 
 cdef int gradients_by_cells(
-    double *all_sums, double *rows, const floating *dout, const floating *x, const Work *w,
+    floating *dgamma, floating *dbeta, const floating *dout, const floating *x, Work *w,
 ) noexcept nogil:
-    cdef double *parts = new_parts(w)
     cdef Py_ssize_t i
-    if parts == NULL:
+    if take_parts(w):
         return -1
     for i in prange(w.sums.cells * w.blocks, num_threads=w.threads, schedule="static"):
-        gradient_parts_task(parts, rows, dout, x, w, i)
+        gradient_parts_task(dout, x, w, i // w.blocks, i % w.blocks)
     for i in range(w.blocks):
-        merge_gradients(all_sums, parts, rows, dout, x, w, i)
-    free(parts)
+        merge_gradients(dgamma, dbeta, dout, x, w, i)
+    free(w.parts)
     return 0
 
 
 cdef void input_gradient_share(
-    floating *dx, const double *all_sums, double *rows, const floating *dout, const floating *x,
-    double count, const Work *w, Py_ssize_t i,
+    floating *dx, const floating *dout, const floating *x, double count, const Work *w,
+    Py_ssize_t thread,
 ) noexcept nogil:
-    cdef Py_ssize_t block
-    for block in range(w.blocks):
+    cdef Py_ssize_t i
+    for i in range(w.blocks):
         input_gradient_task(
-            dx, all_sums, rows, dout, x, count,
-            w, block, first_cell(w, i), first_cell(w, i + 1))
+            dx, dout, x, count, w, i, first_cell(w, thread), first_cell(w, thread + 1))
 
 
 cdef int backward_by_cells(
-    floating *dx, double *all_sums, double *rows, const floating *dout, const floating *x, double
-    count, const Work *w,
+    floating *dx, floating *dgamma, floating *dbeta, const floating *dout, const floating *x,
+    double count, Work *w,
 ) noexcept nogil:
     cdef Py_ssize_t i
-    if w.measure and gradients_by_cells(all_sums, rows, dout, x, w):
+    if w.measure and gradients_by_cells(dgamma, dbeta, dout, x, w):
         return -1
     if w.write:
         for i in prange(w.threads, num_threads=w.threads, schedule="static"):
-            input_gradient_share(dx, all_sums, rows, dout, x, count, w, i)
+            input_gradient_share(dx, dout, x, count, w, i)
     return 0
-
-
-cdef int backward_passes(
-    floating *dx, double *all_sums, double *rows, const floating *dout, const floating *x, double
-    count, const Work *w,
-) noexcept nogil:
-    cdef Py_ssize_t i
-    if w.by_cells:
-        return backward_by_cells(dx, all_sums, rows, dout, x, count, w)
-    if w.threads == 1:
-        for i in range(w.blocks):
-            backward_block(dx, all_sums, rows, dout, x, count, w, i)
-    else:
-        for i in prange(w.blocks, num_threads=w.threads, schedule="static"):
-            backward_block(dx, all_sums, rows, dout, x, count, w, i)
-    return 0
-
-
-cdef inline void store_gradient(
-    floating *gradient, const double *sums, Py_ssize_t features,
-) noexcept nogil:
-    cdef Py_ssize_t f
-    if gradient != NULL:
-        for f in range(features):
-            gradient[f] = <floating>sums[f]
 
 
 cdef int backward_of(
@@ -1293,11 +1343,18 @@ cdef int backward_of(
     const Shape *shape, double count, bint measure, bint streaming, int threads,
 ) noexcept nogil:
     cdef int writing = STREAMING if streaming else IN_PLACE if dx == dout else DIRECT
-    cdef Work w = share(shape, sizeof(floating), measure, dx != NULL, writing, threads)
-    if backward_passes(dx, sums, statistics, dout, x, count, &w):
-        return -1
-    store_gradient(dbeta, sums, shape.features)
-    store_gradient(dgamma, sums + shape.features, shape.features)
+    cdef Work w = share(
+        shape, statistics, sizeof(floating), measure, dx != NULL, writing, threads)
+    cdef Py_ssize_t i
+    w.gradients = sums
+    if w.by_cells:
+        return backward_by_cells(dx, dgamma, dbeta, dout, x, count, &w)
+    if w.threads == 1:
+        for i in range(w.blocks):
+            backward_block(dx, dgamma, dbeta, dout, x, count, &w, i)
+    else:
+        for i in prange(w.blocks, num_threads=w.threads, schedule="static"):
+            backward_block(dx, dgamma, dbeta, dout, x, count, &w, i)
     return 0
 
 

@@ -24,9 +24,9 @@ from bn_cy._threads import get_num_threads
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport INFINITY, sqrt
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from bn_cy._buffers cimport Block
 from bn_cy._kernels cimport GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR, Kernels
 from bn_cy._layout cimport Batch, Memory, as_array, batch_of, hold, is_same, release
 
@@ -67,18 +67,17 @@ cdef class Cache:
     """
 
     cdef Batch batch
+    cdef Block memory
     cdef double *statistics  # rows of one value a feature, as the kernels name them
     cdef double count
     cdef bint scaled, shifted
 
     def __cinit__(self, Batch batch):
         self.batch = batch
-        self.statistics = new_doubles(STATISTICS * batch.shape.features)
+        self.memory = rows_of(batch, STATISTICS)
+        self.statistics = <double *>self.memory.start
         if batch.size == 0:
             memset(self.statistics, 0, STATISTICS * batch.shape.features * sizeof(double))
-
-    def __dealloc__(self):
-        free(self.statistics)
 
     cdef double *row(self, int name) noexcept:
         return self.statistics + name * self.batch.shape.features
@@ -210,15 +209,12 @@ def batchnorm_backward(dout, Cache cache not None, *, out=None):
     (True, array([3.]))
     """
     cdef Py_ssize_t features = cache.batch.shape.features
-    cdef double *sums = new_doubles(2 * features)
+    cdef Block sums = rows_of(cache.batch, 2)
     dtype = cache.batch.dtype()
     make = new_array if cache.batch.size else np.zeros
     dgamma = make(features, dtype) if cache.scaled else None
     dbeta = make(features, dtype) if cache.shifted else None
-    try:
-        dx = run_backward(cache, dout, dgamma, dbeta, sums, True, out)
-    finally:
-        free(sums)
+    dx = run_backward(cache, dout, dgamma, dbeta, <double *>sums.start, True, out)
     return dx, dgamma, dbeta
 
 
@@ -383,16 +379,13 @@ def input_gradient(
     True
     """
     cdef Cache cache = frozen_cache(x, mean, var, axis)
-    cdef double *sums
+    cdef Block memory = rows_of(cache.batch, 2)
+    cdef double *sums = <double *>memory.start
     cache.count = checked_count(count, cache.batch.size == 0)
     describe(cache, gamma, eps)
-    sums = new_doubles(2 * cache.batch.shape.features)
-    try:
-        cache.batch.row(sums, "sum_dout", sum_dout)
-        cache.batch.row(sums + cache.batch.shape.features, "sum_dout_xhat", sum_dout_xhat)
-        return run_backward(cache, dout, None, None, sums, False, out)
-    finally:
-        free(sums)
+    cache.batch.row(sums, "sum_dout", sum_dout)
+    cache.batch.row(sums + cache.batch.shape.features, "sum_dout_xhat", sum_dout_xhat)
+    return run_backward(cache, dout, None, None, sums, False, out)
 
 
 # Running the kernels
@@ -516,11 +509,9 @@ cdef delivered(result, out):
     return out
 
 
-cdef double *new_doubles(Py_ssize_t size) except NULL:
-    cdef double *values = <double *>malloc(max(size, 1) * sizeof(double))
-    if values == NULL:
-        raise MemoryError
-    return values
+cdef Block rows_of(Batch batch, Py_ssize_t rows):
+    """Memory for rows of one double a feature."""
+    return Block(rows * batch.shape.features * sizeof(double))
 
 
 # Statistics from outside
