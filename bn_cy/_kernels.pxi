@@ -94,6 +94,7 @@ ctypedef fused real:  # what a sum's terms are computed in: the data's type, or 
 cdef enum:
     NARROW = 128    # columns of a row that are enough for vectors
     WIDTH = 1024    # columns in a row of a block, at the most: bounds every scratch array
+    MANY = 512      # rows that are left, at the least, where rows are merged to pages
     LANES = 16      # columns that a long run is cut into for sums: their accumulators are registers
     CHUNK = 128     # columns that it is cut into for writing
     BURST = 128     # columns between two writes past the cache: reads and writes overlap
@@ -159,26 +160,33 @@ cdef inline Py_ssize_t line_multiple(Py_ssize_t width) noexcept nogil:
     return multiple
 
 
-cdef inline Py_ssize_t merged_rows(Py_ssize_t outer, Py_ssize_t width) noexcept nogil:
-    """How many rows of `width` columns to read as one: whole lines, wide enough for vectors."""
-    cdef Py_ssize_t multiple = line_multiple(width)
-    if multiple * width > WIDTH:
+cdef inline Py_ssize_t merged_rows(
+    Py_ssize_t outer, Py_ssize_t width, Py_ssize_t wide,
+) noexcept nogil:
+    """How many rows of `width` columns to read as one: whole lines, and as many as there are
+    columns in vectors; where there are many rows, up to `wide` columns."""
+    cdef Py_ssize_t times = line_multiple(width)
+    if times * width > WIDTH:
         return 1
-    multiple *= ceil_div(NARROW, multiple * width)
-    return max(1, min(multiple, outer // GROUP))
+    times *= ceil_div(NARROW, times * width)
+    times = max(<Py_ssize_t>1, min(times, outer // GROUP))
+    while 2 * times * width <= wide and outer // (2 * times) >= MANY:
+        times *= 2
+    return times
 
 
 cdef Grid plan(
-    Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, Py_ssize_t lanes,
+    Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, Py_ssize_t lanes, Py_ssize_t wide,
 ) noexcept nogil:
-    """How an array of this shape is walked, a long run as rows of `lanes` columns."""
+    """How an array of this shape is walked: a long run as rows of `lanes` columns, narrow rows
+    merged to `wide` columns."""
     cdef Grid g
     g.outer, g.features, g.inner, g.count = outer, features, inner, outer * inner
     if is_run(outer, inner):
         g.each, g.times = min(lanes, inner), 1
         g.sheets, g.rows, g.stride, g.tail = outer, inner // g.each, g.each, inner % g.each
     else:
-        g.each, g.times = inner, merged_rows(outer, features * inner)
+        g.each, g.times = inner, merged_rows(outer, features * inner, wide)
         g.sheets, g.rows = 1, outer // g.times
         g.stride, g.tail = g.times * features * inner, outer % g.times * features * inner
     g.cell_rows = max(<Py_ssize_t>CELL_ROWS, ceil_div(g.sheets * g.rows, CELLS))
@@ -1025,8 +1033,8 @@ cdef Work share(
     int writing, int threads,
 ) noexcept nogil:
     cdef Work w
-    w.sums = plan(shape.outer, shape.features, shape.inner, LANES)
-    w.writes = plan(shape.outer, shape.features, shape.inner, CHUNK)
+    w.sums = plan(shape.outer, shape.features, shape.inner, LANES, WIDTH)
+    w.writes = plan(shape.outer, shape.features, shape.inner, CHUNK, WIDTH // 2)
     w.measure, w.write, w.writing = measure, write, writing
     w.threads = threads
     if is_run(shape.outer, shape.inner):
