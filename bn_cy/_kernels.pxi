@@ -1082,6 +1082,14 @@ cdef inline Sums gradients_of(const Work *w, const Block *b) noexcept nogil:
     return sums_at(w.gradients + b.start, w.sums.features)
 
 
+cdef inline Py_ssize_t whole_rows_from(
+    const Work *w, Py_ssize_t first, Py_ssize_t stop,
+) noexcept nogil:
+    """From which cell to `stop` to write one block and then the next. Past the cache one cell is
+    enough: memory is read best in whole rows."""
+    return stop - 1 if w.blocks > 1 and w.writing == STREAMING else first
+
+
 cdef int take_parts(Work *w) noexcept nogil:
     w.parts = <double *>malloc(w.sums.cells * w.blocks * 2 * w.size * sizeof(double))
     return 0 if w.parts != NULL else -1
@@ -1186,9 +1194,13 @@ cdef int moments_by_cells(const floating *x, Work *w) noexcept nogil:
 cdef void normalize_share(
     floating *y, const floating *x, const floating *beta, const Work *w, Py_ssize_t thread,
 ) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(w.blocks):
-        normalize_task(y, x, beta, w, i, first_cell(w, thread), first_cell(w, thread + 1))
+    cdef Py_ssize_t first = first_cell(w, thread), stop = first_cell(w, thread + 1)
+    cdef Py_ssize_t i, begin
+    while stop > first:
+        begin = whole_rows_from(w, first, stop)
+        for i in range(w.blocks):
+            normalize_task(y, x, beta, w, i, begin, stop)
+        stop = begin
 
 
 cdef int forward_by_cells(
@@ -1326,10 +1338,13 @@ cdef void input_gradient_share(
     floating *dx, const floating *dout, const floating *x, double count, const Work *w,
     Py_ssize_t thread,
 ) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(w.blocks):
-        input_gradient_task(
-            dx, dout, x, count, w, i, first_cell(w, thread), first_cell(w, thread + 1))
+    cdef Py_ssize_t first = first_cell(w, thread), stop = first_cell(w, thread + 1)
+    cdef Py_ssize_t i, begin
+    while stop > first:
+        begin = whole_rows_from(w, first, stop)
+        for i in range(w.blocks):
+            input_gradient_task(dx, dout, x, count, w, i, begin, stop)
+        stop = begin
 
 
 cdef int backward_by_cells(
