@@ -13,8 +13,8 @@
 #   small inner (7 x 7 images)        one sheet of `outer` rows, a feature is `inner` columns;
 #   large inner (56 x 56 images)      `outer` sheets, a run of `inner` values cut into rows
 #
-# So the four leaf loops know nothing but columns, and the columns of a feature are folded at the
-# end.
+# So the leaf loops know nothing but columns, and the columns of a feature are folded at the end.
+# What is written by runs needs one column for each feature: its parameters stay in registers.
 
 from cpython.pycapsule cimport PyCapsule_New
 from cython cimport floating
@@ -94,10 +94,12 @@ ctypedef fused real:  # what a sum's terms are computed in: the data's type, or 
 cdef enum:
     NARROW = 128    # columns of a row that are enough for vectors
     WIDTH = 1024    # columns in a row of a block, at the most: bounds every scratch array
-    MANY = 512      # rows that are left, at the least, where rows are merged to pages
+    MANY = 512      # rows that are left, at the least, where rows are merged beyond that
     LANES = 16      # columns that a long run is cut into for sums: their accumulators are registers
-    CHUNK = 128     # columns that it is cut into for writing
+    CHUNK = 1024    # values that it is cut into for writing
     BURST = 128     # columns between two writes past the cache: reads and writes overlap
+    SHORT = 64      # values of a run, at the least, where there are few rows of features
+    SHORT_WRITTEN = 32  # the same for writing
     RUNS = 8        # features of a block of runs, where they are short: their work is vectorised
     GROUP = 8       # rows that are added up in the data's type before they go to double
     LINE = 16       # floats of a cache line
@@ -139,7 +141,8 @@ cdef struct Grid:
     Py_ssize_t outer, features, inner     # the array
     Py_ssize_t count                      # values of a feature
     Py_ssize_t sheets, rows, stride, tail  # a sheet: rows of columns, `tail` columns of one more
-    Py_ssize_t each, times                # columns of a feature, copies of a block in a row
+    bint runs                             # a row is a stretch of one feature
+    Py_ssize_t each, times                # columns of a feature, copies of a block in its scratch
     Py_ssize_t cells, cell_rows           # the fixed grid in which rows are summed
 
 
@@ -176,15 +179,18 @@ cdef inline Py_ssize_t merged_rows(
 
 
 cdef Grid plan(
-    Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, Py_ssize_t lanes, Py_ssize_t wide,
+    Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, bint writing,
 ) noexcept nogil:
-    """How an array of this shape is walked: a long run as rows of `lanes` columns, narrow rows
-    merged to `wide` columns."""
+    """How an array of this shape is walked, for sums or for writing. Sums want a column a lane, and
+    wide rows; writing a run needs one column, so that runs pay sooner."""
     cdef Grid g
+    cdef Py_ssize_t wide = WIDTH // 2 if writing else WIDTH
     g.outer, g.features, g.inner, g.count = outer, features, inner, outer * inner
-    if is_run(outer, inner):
-        g.each, g.times = min(lanes, inner), 1
-        g.sheets, g.rows, g.stride, g.tail = outer, inner // g.each, g.each, inner % g.each
+    g.runs = inner > wide or (outer < GROUP and inner >= (SHORT_WRITTEN if writing else SHORT))
+    if g.runs:
+        g.each, g.times = 1 if writing else LANES, 1
+        g.stride = min(CHUNK, inner) if writing else LANES
+        g.sheets, g.rows, g.tail = outer, inner // g.stride, inner % g.stride
     else:
         g.each, g.times = inner, merged_rows(outer, features * inner, wide)
         g.sheets, g.rows = 1, outer // g.times
@@ -195,17 +201,12 @@ cdef Grid plan(
     return g
 
 
-cdef inline bint is_run(Py_ssize_t outer, Py_ssize_t inner) noexcept nogil:
-    """Whether the values of a feature are walked as long runs, rather than as columns."""
-    return inner > WIDTH or (outer < GROUP and inner >= 4 * LINE)
-
-
 cdef Py_ssize_t block_features(
     const Grid *g, int threads, Py_ssize_t itemsize,
 ) noexcept nogil:
     """Features that are walked together; has no say in the order of any sum."""
     cdef Py_ssize_t unit, block
-    if is_run(g.outer, g.inner):
+    if g.runs:
         block = max(<Py_ssize_t>1, min(<Py_ssize_t>RUNS, CACHE // (g.count * 2 * sizeof(double))))
         return min(block, ceil_div(g.features, threads))
     if g.times > 1:
@@ -333,27 +334,72 @@ cdef inline Py_ssize_t burst_end(
     return min(start + BURST - into_line, width)
 
 
-cdef inline void write_normalized(
-    floating *y, const floating *x, const floating *columns, Py_ssize_t pitch,
-    Py_ssize_t width, int writing, Py_ssize_t ahead,
+cdef inline void normalize_row(
+    floating *y, const floating *x, const floating *columns, Py_ssize_t pitch, Py_ssize_t width,
+    bint run,
 ) noexcept nogil:
-    """Second pass of the forward, one row: y = gamma*invstd*(x - mean) + beta."""
+    """y = gamma*invstd*(x - mean) + beta; a run has one column for all its values."""
     cdef const floating *hi = columns + HI * pitch
     cdef const floating *lo = columns + LO * pitch
     cdef const floating *scale = columns + SCALE * pitch
     cdef const floating *beta = columns + BETA * pitch
-    cdef floating storage[SCRATCH]
-    cdef floating *line = <floating *>aligned(storage)
-    cdef Py_ssize_t start, stop, j
-    if writing == DIRECT:
+    cdef floating m, rest, a, b
+    cdef Py_ssize_t j
+    if run:
+        m, rest, a, b = hi[0], lo[0], scale[0], beta[0]
+        for j in range(width):
+            y[j] = deviation(x[j], m, rest) * a + b
+    else:
         for j in range(width):
             y[j] = deviation(x[j], hi[j], lo[j]) * scale[j] + beta[j]
+
+
+cdef inline floating dx_of(
+    floating dout, floating xhat, floating mean_dout, floating mean_product, floating scale,
+) noexcept nogil:
+    return ((dout - mean_dout) - xhat * mean_product) * scale
+
+
+cdef inline void input_gradient_row(
+    floating *dx, const floating *dout, const floating *x, const floating *columns,
+    Py_ssize_t pitch, Py_ssize_t width, bint run,
+) noexcept nogil:
+    """dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n); a run has one column."""
+    cdef const floating *hi = columns + HI * pitch
+    cdef const floating *lo = columns + LO * pitch
+    cdef const floating *invstd = columns + XHAT_SCALE * pitch
+    cdef const floating *mean_dout = columns + MEAN_DOUT * pitch
+    cdef const floating *mean_product = columns + MEAN_PRODUCT * pitch
+    cdef const floating *scale = columns + DX_SCALE * pitch
+    cdef floating m, rest, v, mean1, mean2, a
+    cdef Py_ssize_t j
+    if run:
+        m, rest, v, a = hi[0], lo[0], invstd[0], scale[0]
+        mean1, mean2 = mean_dout[0], mean_product[0]
+        for j in range(width):
+            dx[j] = dx_of(dout[j], deviation(x[j], m, rest) * v, mean1, mean2, a)
+    else:
+        for j in range(width):
+            dx[j] = dx_of(
+                dout[j], deviation(x[j], hi[j], lo[j]) * invstd[j],
+                mean_dout[j], mean_product[j], scale[j])
+
+
+cdef inline void write_normalized(
+    floating *y, const floating *x, const floating *columns, Py_ssize_t pitch,
+    Py_ssize_t width, bint run, int writing, Py_ssize_t ahead,
+) noexcept nogil:
+    """Second pass of the forward, one row."""
+    cdef floating storage[SCRATCH]
+    cdef floating *line = <floating *>aligned(storage)
+    cdef Py_ssize_t start = 0, stop
+    if writing == DIRECT:
+        normalize_row(y, x, columns, pitch, width, run)
         return
-    start = 0
     while start < width:
         stop = burst_end(y, start, width)
-        for j in range(start, stop):
-            line[j - start] = deviation(x[j], hi[j], lo[j]) * scale[j] + beta[j]
+        normalize_row(
+            line, x + start, columns if run else columns + start, pitch, stop - start, run)
         put(y + start, line, stop - start, writing)
         if ahead:
             fetch(x + ahead + start, (stop - start) * sizeof(floating))
@@ -361,31 +407,21 @@ cdef inline void write_normalized(
 
 
 cdef inline void write_input_gradient(
-    floating *dx, const floating *dout, const floating *x, const floating *columns, Py_ssize_t
-    pitch, Py_ssize_t width, int writing, Py_ssize_t ahead,
+    floating *dx, const floating *dout, const floating *x, const floating *columns,
+    Py_ssize_t pitch, Py_ssize_t width, bint run, int writing, Py_ssize_t ahead,
 ) noexcept nogil:
-    """Second pass of the backward, one row: dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n)."""
-    cdef const floating *hi = columns + HI * pitch
-    cdef const floating *lo = columns + LO * pitch
-    cdef const floating *invstd = columns + XHAT_SCALE * pitch
-    cdef const floating *mean_dout = columns + MEAN_DOUT * pitch
-    cdef const floating *mean_product = columns + MEAN_PRODUCT * pitch
-    cdef const floating *scale = columns + DX_SCALE * pitch
+    """Second pass of the backward, one row."""
     cdef floating storage[SCRATCH]
     cdef floating *line = <floating *>aligned(storage)
-    cdef Py_ssize_t start, stop, j
-    cdef floating xhat
+    cdef Py_ssize_t start = 0, stop
     if writing == DIRECT:
-        for j in range(width):
-            xhat = deviation(x[j], hi[j], lo[j]) * invstd[j]
-            dx[j] = ((dout[j] - mean_dout[j]) - xhat * mean_product[j]) * scale[j]
+        input_gradient_row(dx, dout, x, columns, pitch, width, run)
         return
-    start = 0
     while start < width:
         stop = burst_end(dx, start, width)
-        for j in range(start, stop):
-            xhat = deviation(x[j], hi[j], lo[j]) * invstd[j]
-            line[j - start] = ((dout[j] - mean_dout[j]) - xhat * mean_product[j]) * scale[j]
+        input_gradient_row(
+            line, dout + start, x + start, columns if run else columns + start, pitch,
+            stop - start, run)
         put(dx + start, line, stop - start, writing)
         if ahead:
             fetch(x + ahead + start, (stop - start) * sizeof(floating))
@@ -408,7 +444,7 @@ cdef inline Block block_at(const Grid *g, Py_ssize_t start, Py_ssize_t size) noe
     b.start, b.size, b.ahead = start, min(size, g.features - start), 0
     b.width = g.times * b.size * g.each
     b.pitch = round_up(b.width, 2 * LINE) + LINE
-    b.parts = b.size if is_run(g.outer, g.inner) else 1
+    b.parts = b.size if g.runs else 1
     return b
 
 
@@ -430,6 +466,7 @@ cdef inline void spread(
 
 cdef inline double fold_run(const double *columns, Py_ssize_t each) noexcept nogil:
     cdef double lane[8]
+    cdef double rest = 0
     cdef Py_ssize_t e = 0, k
     for k in range(8):
         lane[k] = 0
@@ -437,9 +474,10 @@ cdef inline double fold_run(const double *columns, Py_ssize_t each) noexcept nog
         for k in range(8):
             lane[k] += columns[e + k]
         e += 8
-    for k in range(each - e):
-        lane[k] += columns[e + k]
-    return tree[double](lane[0], lane[1], lane[2], lane[3], lane[4], lane[5], lane[6], lane[7])
+    for k in range(e, each):
+        rest += columns[k]
+    return rest + tree[double](
+        lane[0], lane[1], lane[2], lane[3], lane[4], lane[5], lane[6], lane[7])
 
 
 cdef inline void fold(
@@ -509,7 +547,7 @@ cdef inline Piece cell_at(const Grid *g, const Block *b, Py_ssize_t cell) noexce
     p.offset = p.rows = p.tail = 0
     p.part = b.parts
     p.column = 0
-    p.width = b.width // b.parts if b.parts > 1 else b.width
+    p.width = g.stride if g.runs else b.width
     return p
 
 
@@ -519,7 +557,7 @@ cdef inline bint advance(Piece *p, const Grid *g, const Block *b) noexcept nogil
     p.part += 1
     if p.part < b.parts:
         p.offset += g.inner
-        p.column += p.width
+        p.column += g.each
         return True
     if p.next >= p.stop:
         return False
@@ -533,6 +571,12 @@ cdef inline bint advance(Piece *p, const Grid *g, const Block *b) noexcept nogil
     return True
 
 
+cdef inline Py_ssize_t grouped(Py_ssize_t rows) noexcept nogil:
+    """Rows of a run that are summed in groups, by a loop whose width the compiler knows: so the
+    sums stay in registers. Of single rows it would unroll every value."""
+    return rows - rows % GROUP
+
+
 cdef void deviations_of_cell(
     Sums t, const floating *x, const real *shift, const Grid *g, const Block *b, Py_ssize_t cell,
 ) noexcept nogil:
@@ -540,16 +584,19 @@ cdef void deviations_of_cell(
     cdef Sums columns = columns_of(t, <double *>aligned(storage), b)
     cdef double *sum1
     cdef double *sum2
+    cdef Py_ssize_t at, rows
     cdef Piece p = cell_at(g, b, cell)
     while advance(&p, g, b):
         sum1, sum2 = columns.first + p.column, columns.second + p.column
-        if p.width == LANES and g.stride == LANES:  # known to the compiler: sums stay in registers
-            add_deviations(sum1, sum2, x + p.offset, shift + p.column, p.rows, LANES, LANES)
-        else:
-            add_deviations(sum1, sum2, x + p.offset, shift + p.column, p.rows, p.width, g.stride)
+        at, rows = p.offset, p.rows
+        if g.runs:
+            rows = grouped(p.rows)
+            add_deviations(sum1, sum2, x + at, shift + p.column, rows, LANES, LANES)
+            at, rows = at + rows * LANES, p.rows - rows
+        add_deviations(sum1, sum2, x + at, shift + p.column, rows, p.width, g.stride)
+        at += rows * g.stride
         add_deviations(
-            sum1, sum2, x + p.offset + p.rows * g.stride, shift + p.column,
-            p.tail > 0, p.tail, g.stride)
+            sum1, sum2, x + at, shift + p.column, p.tail > 0, p.tail, g.stride)
     fold_columns(t, columns, g, b)
 
 
@@ -561,19 +608,19 @@ cdef void gradients_of_cell(
     cdef Sums of_columns = columns_of(t, <double *>aligned(storage), b)
     cdef double *sum1
     cdef double *sum2
-    cdef Py_ssize_t at
+    cdef Py_ssize_t at, rows
     cdef Piece p = cell_at(g, b, cell)
     while advance(&p, g, b):
         sum1, sum2 = of_columns.first + p.column, of_columns.second + p.column
-        at = p.offset
-        if p.width == LANES and g.stride == LANES:
+        at, rows = p.offset, p.rows
+        if g.runs:
+            rows = grouped(p.rows)
             add_gradients(
-                sum1, sum2, dout + at, x + at, columns + p.column, b.pitch, p.rows, LANES, LANES)
-        else:
-            add_gradients(
-                sum1, sum2, dout + at, x + at, columns + p.column, b.pitch,
-                p.rows, p.width, g.stride)
-        at += p.rows * g.stride
+                sum1, sum2, dout + at, x + at, columns + p.column, b.pitch, rows, LANES, LANES)
+            at, rows = at + rows * LANES, p.rows - rows
+        add_gradients(
+            sum1, sum2, dout + at, x + at, columns + p.column, b.pitch, rows, p.width, g.stride)
+        at += rows * g.stride
         add_gradients(
             sum1, sum2, dout + at, x + at, columns + p.column, b.pitch,
             p.tail > 0, p.tail, g.stride)
@@ -590,10 +637,10 @@ cdef void normalize_cell(
         at = p.offset
         for r in range(p.rows):
             write_normalized(
-                y + at, x + at, columns + p.column, b.pitch, p.width, writing, b.ahead)
+                y + at, x + at, columns + p.column, b.pitch, p.width, g.runs, writing, b.ahead)
             at += g.stride
         write_normalized(
-            y + at, x + at, columns + p.column, b.pitch, p.tail, writing, b.ahead)
+            y + at, x + at, columns + p.column, b.pitch, p.tail, g.runs, writing, b.ahead)
 
 
 cdef void input_gradient_cell(
@@ -606,10 +653,12 @@ cdef void input_gradient_cell(
         at = p.offset
         for r in range(p.rows):
             write_input_gradient(
-                dx + at, dout + at, x + at, columns + p.column, b.pitch, p.width, writing, b.ahead)
+                dx + at, dout + at, x + at, columns + p.column, b.pitch, p.width, g.runs,
+                writing, b.ahead)
             at += g.stride
         write_input_gradient(
-            dx + at, dout + at, x + at, columns + p.column, b.pitch, p.tail, writing, b.ahead)
+            dx + at, dout + at, x + at, columns + p.column, b.pitch, p.tail, g.runs,
+            writing, b.ahead)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1033,11 +1082,11 @@ cdef Work share(
     int writing, int threads,
 ) noexcept nogil:
     cdef Work w
-    w.sums = plan(shape.outer, shape.features, shape.inner, LANES, WIDTH)
-    w.writes = plan(shape.outer, shape.features, shape.inner, CHUNK, WIDTH // 2)
+    w.sums = plan(shape.outer, shape.features, shape.inner, False)
+    w.writes = plan(shape.outer, shape.features, shape.inner, True)
     w.measure, w.write, w.writing = measure, write, writing
     w.threads = threads
-    if is_run(shape.outer, shape.inner):
+    if w.sums.runs:
         w.by_cells = shape.features < w.threads
     else:
         w.by_cells = w.sums.times > 1 or w.sums.cells >= w.threads
