@@ -97,6 +97,7 @@ cdef enum:
     MANY = 512      # rows that are left, at the least, where rows are merged beyond that
     LANES = 16      # columns that a long run is cut into for sums: their accumulators are registers
     CHUNK = 1024    # values that it is cut into for writing
+    AHEAD = 512     # values from those of a run that are summed to those that are fetched
     BURST = 128     # columns between two writes past the cache: reads and writes overlap
     SHORT = 64      # values of a run, at the least, where there are few rows of features
     SHORT_WRITTEN = 32  # the same for writing
@@ -240,12 +241,14 @@ cdef inline real deviation(floating x, real hi, real lo) noexcept nogil:
 cdef inline void add_deviations(
     double *sum1, double *sum2,
     const floating *x, const real *shift,
-    Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s,
+    Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s, Py_ssize_t ahead,
 ) noexcept nogil:
     """First pass of the forward: sum(x - shift) and sum((x - shift)^2), column by column."""
     cdef Py_ssize_t j
     cdef real c, d
     while rows >= GROUP:
+        if ahead:
+            fetch(x + ahead, GROUP * s * sizeof(floating))
         for j in range(width):
             c = shift[j]
             sum1[j] += tree[real](
@@ -276,7 +279,7 @@ cdef inline real product(
 cdef inline void add_gradients(
     double *sum1, double *sum2,
     const floating *dout, const floating *x, const real *columns, Py_ssize_t pitch,
-    Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s,
+    Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s, Py_ssize_t ahead,
 ) noexcept nogil:
     """First pass of the backward: sum(dout) and sum(dout*(x - shift)*scale), column by column.
 
@@ -290,6 +293,9 @@ cdef inline void add_gradients(
     cdef Py_ssize_t j
     cdef real m, v
     while rows >= GROUP:
+        if ahead:
+            fetch(dout + ahead, GROUP * s * sizeof(floating))
+            fetch(x + ahead, GROUP * s * sizeof(floating))
         for j in range(width):
             m, v = shift[j], scale[j]
             sum1[j] += tree[real](
@@ -436,7 +442,7 @@ cdef struct Block:
     Py_ssize_t start, size   # features [start, start + size)
     Py_ssize_t width, pitch  # columns of one of its rows; from row to row of its scratch, odd lines
     Py_ssize_t parts         # of a row that are walked apart: runs of different features
-    Py_ssize_t ahead         # from a value to that of the block that the thread takes next, or 0
+    Py_ssize_t ahead         # from a value in work to one that is to be fetched, or 0
 
 
 cdef inline Block block_at(const Grid *g, Py_ssize_t start, Py_ssize_t size) noexcept nogil:
@@ -591,12 +597,12 @@ cdef void deviations_of_cell(
         at, rows = p.offset, p.rows
         if g.runs:
             rows = grouped(p.rows)
-            add_deviations(sum1, sum2, x + at, shift + p.column, rows, LANES, LANES)
+            add_deviations(sum1, sum2, x + at, shift + p.column, rows, LANES, LANES, b.ahead)
             at, rows = at + rows * LANES, p.rows - rows
-        add_deviations(sum1, sum2, x + at, shift + p.column, rows, p.width, g.stride)
+        add_deviations(sum1, sum2, x + at, shift + p.column, rows, p.width, g.stride, 0)
         at += rows * g.stride
         add_deviations(
-            sum1, sum2, x + at, shift + p.column, p.tail > 0, p.tail, g.stride)
+            sum1, sum2, x + at, shift + p.column, p.tail > 0, p.tail, g.stride, 0)
     fold_columns(t, columns, g, b)
 
 
@@ -616,14 +622,15 @@ cdef void gradients_of_cell(
         if g.runs:
             rows = grouped(p.rows)
             add_gradients(
-                sum1, sum2, dout + at, x + at, columns + p.column, b.pitch, rows, LANES, LANES)
+                sum1, sum2, dout + at, x + at, columns + p.column, b.pitch, rows, LANES, LANES,
+                b.ahead)
             at, rows = at + rows * LANES, p.rows - rows
         add_gradients(
-            sum1, sum2, dout + at, x + at, columns + p.column, b.pitch, rows, p.width, g.stride)
+            sum1, sum2, dout + at, x + at, columns + p.column, b.pitch, rows, p.width, g.stride, 0)
         at += rows * g.stride
         add_gradients(
             sum1, sum2, dout + at, x + at, columns + p.column, b.pitch,
-            p.tail > 0, p.tail, g.stride)
+            p.tail > 0, p.tail, g.stride, 0)
     fold_columns(t, of_columns, g, b)
 
 
@@ -1101,14 +1108,23 @@ cdef inline Block block_of(const Grid *g, const Work *w, Py_ssize_t i) noexcept 
     return block_at(g, i * w.size, w.size)
 
 
+cdef inline bint fits_cache(const Block *b, const Work *w, Py_ssize_t itemsize) noexcept nogil:
+    """Whether a thread finds a block in its cache a second time; `itemsize` of all that is read."""
+    return not w.by_cells and b.size * w.writes.count * itemsize <= CACHE
+
+
 cdef inline Py_ssize_t ahead_of(
     const Block *b, const Work *w, Py_ssize_t i, Py_ssize_t itemsize,
 ) noexcept nogil:
-    """From a block to the next, if that is to be fetched while this is written: where both fit
-    the cache."""
-    if w.by_cells or i + 1 == w.blocks or b.size * w.writes.count * itemsize > CACHE:
-        return 0
-    return b.size * w.writes.inner
+    """From a block to the thread's next, to be fetched while this is written, where both fit."""
+    return b.size * w.writes.inner if fits_cache(b, w, itemsize) and i + 1 < w.blocks else 0
+
+
+cdef inline Py_ssize_t ahead_in(
+    const Block *b, const Work *w, Py_ssize_t itemsize,
+) noexcept nogil:
+    """From a value that is summed to one to be fetched, where blocks do not fit."""
+    return 0 if fits_cache(b, w, itemsize) else AHEAD
 
 
 cdef inline Py_ssize_t first_cell(const Work *w, Py_ssize_t thread) noexcept nogil:
@@ -1164,6 +1180,7 @@ cdef Sums merged_parts(const Work *w, Py_ssize_t i, const Block *b) noexcept nog
 cdef void moments_task(const floating *x, const Work *w, Py_ssize_t i) noexcept nogil:
     cdef Block b = block_of(&w.sums, w, i)
     cdef Statistics s = statistics_of(w, &b)
+    b.ahead = ahead_in(&b, w, sizeof(floating))
     moments_of_block(&s, x, &w.sums, &b)
 
 
@@ -1216,6 +1233,7 @@ cdef void deviations_task(
     cdef floating *shift = <floating *>aligned(storage)
     cdef Block b = block_of(&w.sums, w, i)
     cdef Statistics s = statistics_of(w, &b)
+    b.ahead = ahead_in(&b, w, sizeof(floating))
     spread(shift, s.mean, &w.sums, &b)
     deviations_of_cell(part_of(w, cell, i), x, shift, &w.sums, &b, cell)
 
@@ -1309,6 +1327,7 @@ cdef void gradients_task(
     cdef Block b = block_of(&w.sums, w, i)
     cdef Statistics s = statistics_of(w, &b)
     cdef Sums t = gradients_of(w, &b)
+    b.ahead = ahead_in(&b, w, 2 * sizeof(floating))
     find_centres(centres, &s, sizeof(floating) == 4, &b)
     spread_centres(columns, centres, &w.sums, &b)
     sum_gradients(t, dout, x, columns, &w.sums, &b)
@@ -1349,6 +1368,7 @@ cdef void gradient_parts_task(
     cdef double centres[2 * WIDTH]
     cdef Block b = block_of(&w.sums, w, i)
     cdef Statistics s = statistics_of(w, &b)
+    b.ahead = ahead_in(&b, w, 2 * sizeof(floating))
     find_centres(centres, &s, sizeof(floating) == 4, &b)
     spread_centres(columns, centres, &w.sums, &b)
     gradients_of_cell(part_of(w, cell, i), dout, x, columns, &w.sums, &b, cell)
