@@ -9,13 +9,12 @@ import pytest
 from digests import CASES, digest
 from exact import LAYOUTS, parameters
 
-from bn_cy import BatchNorm, moments, set_num_threads
+from bn_cy import BatchNorm, functional, moments, set_num_threads
 
 DTYPES = [np.float32, np.float64]
 
-# Outputs of 4 MiB or more are written past the cache, with ordinary stores at their ragged ends.
-STREAMED = [((9973, 111), 1), ((1_100_003, 1), 1), ((3, 5, 273, 257), 1), ((523, 41, 7, 7), 1)]
-PATHS = [*CASES, *STREAMED]
+LARGE = [((9973, 111), 1), ((1_100_003, 1), 1), ((3, 5, 273, 257), 1), ((523, 41, 7, 7), 1)]
+PATHS = [*CASES, *LARGE]
 RECYCLED = [((700, 101), 1), ((1, 3, 160, 141), 1)]  # outputs from the pool, not from malloc
 
 
@@ -68,7 +67,7 @@ def test_any_number_of_threads_and_any_repetition(rng, shape, axis, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), [*CASES, *RECYCLED, *STREAMED])
+@pytest.mark.parametrize(("shape", "axis"), [*CASES, *RECYCLED, *LARGE])
 def test_any_alignment_and_given_or_fresh_outputs(rng, shape, axis, dtype):
     x, dout, gamma, beta = draw(rng, shape, axis, dtype)
     expected = step(x, dout, gamma, beta, axis)
@@ -78,6 +77,28 @@ def test_any_alignment_and_given_or_fresh_outputs(rng, shape, axis, dtype):
         moved = beginning_at(x, shift), beginning_at(dout, (5 * shift) % 16)
         assert step(*moved, gamma, beta, axis) == expected
         assert step(*moved, gamma, beta, axis, out) == expected
+
+
+@pytest.fixture
+def stream_from():
+    """Set from how many bytes outputs are written past the cache; undone after the test."""
+    before = functional.stream_from(0)
+    yield functional.stream_from
+    functional.stream_from(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), PATHS)
+def test_outputs_through_and_past_the_cache(rng, stream_from, shape, axis, dtype):
+    """Past it go whole lines, with ordinary stores at the ragged ends."""
+    x, dout, gamma, beta = draw(rng, shape, axis, dtype)
+    stream_from(2 * x.nbytes)
+    expected = step(x, dout, gamma, beta, axis)
+    stream_from(0)
+    for shift in (0, 1, 15) if x.size < 200_000 else (3,):
+        for threads in (1, 2, 5):
+            set_num_threads(threads)
+            assert step(x, dout, gamma, beta, axis, beginning_at(x, shift)) == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
