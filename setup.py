@@ -3,7 +3,7 @@
 Environment variables that change the build:
 
 BN_CY_OPENMP=0     no OpenMP: every kernel runs in one thread
-BN_CY_DEBUG=1      bounds and initialisation checks in the kernels
+BN_CY_SANITIZE=1   GCC's address sanitizer watches every access (run with its libasan preloaded)
 BN_CY_LINETRACE=1  line tracing, for the coverage of the .pyx files
 CC, CFLAGS, ...    as for every setuptools build
 """
@@ -21,14 +21,14 @@ PACKAGE = Path("bn_cy")
 KERNELS = "bn_cy._kernels_"  # and the name of the variant
 
 SERIAL = os.environ.get("BN_CY_OPENMP", "") == "0"
-DEBUG = os.environ.get("BN_CY_DEBUG", "") not in ("", "0")
+SANITIZE = os.environ.get("BN_CY_SANITIZE", "") not in ("", "0")
 LINETRACE = os.environ.get("BN_CY_LINETRACE", "") not in ("", "0")
 
 DIRECTIVES = {
     "language_level": 3,
-    "boundscheck": DEBUG,
+    "boundscheck": False,
     "wraparound": False,
-    "initializedcheck": DEBUG,
+    "initializedcheck": False,
     "cdivision": True,
     "linetrace": LINETRACE,
 }
@@ -36,6 +36,8 @@ DIRECTIVES = {
 # Contraction into FMA and reassociation would give every instruction set its own rounding.
 GCC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
+
+SANITIZER_FLAGS = ["-fsanitize=address", "-g1"] if SANITIZE else []
 
 # GCC gives up on loops over eight rows of doubles, which might overlap the sums, after ten checks.
 GCC_ALIAS_CHECKS = "--param=vect-max-version-for-alias-checks=100"
@@ -95,8 +97,8 @@ def choose_variants(compiler, platform, candidates):
 def configure(ext, flags, openmp, variants):
     """Give one module its flags, and tell it by macros how the package is being built."""
     compile_flags, link_flags = openmp or ([], [])
-    ext.extra_compile_args = flags + compile_flags
-    ext.extra_link_args = list(link_flags)
+    ext.extra_compile_args = flags + compile_flags + SANITIZER_FLAGS
+    ext.extra_link_args = link_flags + SANITIZER_FLAGS
     ext.define_macros = [
         ("BN_CY_FLAGS", c_string(ext.extra_compile_args)),
         ("BN_CY_VARIANTS", c_string(variants)),
@@ -170,7 +172,7 @@ def extension(source):
 # Processes that translate in parallel may import this file again.
 if __name__ == "__main__":
     # One folder for each kind of build: the objects of one never pass for those of another.
-    asked = {"serial": SERIAL, "debug": DEBUG, "linetrace": LINETRACE}
+    asked = {"serial": SERIAL, "sanitize": SANITIZE, "linetrace": LINETRACE}
     kind = "-".join(name for name in asked if asked[name]) or "default"
     setup(
         ext_modules=[extension(source) for source in sorted(PACKAGE.glob("*.pyx"))],
