@@ -681,8 +681,8 @@ cdef struct Statistics:
 
 cdef inline double coarse(double value, double spread) noexcept nogil:
     """Round to about an eighth of the spread: float data less this are float numbers, nearly all
-    of them,
-    where a shift with digits below theirs would round most differences, and all the same way."""
+    of them, where a shift with digits below theirs would round most differences, and all the same
+    way."""
     cdef double large = 844424930131968.0 * spread  # 1.5 * 2^49
     return (value + large) - large
 
