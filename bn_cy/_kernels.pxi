@@ -18,7 +18,7 @@
 
 from cpython.pycapsule cimport PyCapsule_New
 from cython cimport floating
-from cython.parallel cimport prange
+from cython.parallel cimport parallel, prange
 from libc.math cimport fabs, isfinite, sqrt
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
@@ -95,9 +95,14 @@ cdef enum:
     NARROW = 128    # columns of a row that are enough for vectors
     WIDTH = 1024    # columns in a row of a block, at the most: bounds every scratch array
     MANY = 512      # rows that are left, at the least, where rows are merged beyond that
-    LANES = 16      # columns that a long run is cut into for sums: their accumulators are registers
+    LANES = 16      # sums that the columns of a run are added to
+    STREAM = 2048   # values of the stretches that long runs are cut into for sums, at the most
+    LONG = 8192     # values of a run from which it is
+    CELL_VALUES = 8192  # values of a feature in a cell, at the least, where runs are not cut
     CHUNK = 1024    # values that it is cut into for writing
     AHEAD = 512     # values from those of a run that are summed to those that are fetched
+    AHEAD_WRITTEN = 1024  # the same for writing
+    STRETCH = 32    # columns of a group of rows that are fetched at a time
     BURST = 128     # columns between two writes past the cache: reads and writes overlap
     SHORT = 64      # values of a run, at the least, where there are few rows of features
     SHORT_WRITTEN = 32  # the same for writing
@@ -142,7 +147,8 @@ cdef struct Grid:
     Py_ssize_t outer, features, inner     # the array
     Py_ssize_t count                      # values of a feature
     Py_ssize_t sheets, rows, stride, tail  # a sheet: rows of columns, `tail` columns of one more
-    bint runs                             # a row is a stretch of one feature
+    bint runs                             # a row of a block is a stretch of each of its features,
+    Py_ssize_t stretch                    # so long
     Py_ssize_t each, times                # columns of a feature, copies of a block in its scratch
     Py_ssize_t cells, cell_rows           # the fixed grid in which rows are summed
 
@@ -179,49 +185,76 @@ cdef inline Py_ssize_t merged_rows(
     return times
 
 
+cdef inline Py_ssize_t stretch_of_run(Py_ssize_t inner) noexcept nogil:
+    """The stretches that a run is cut into for sums. A long one is read as eight streams: whole
+    groups of long stretches, whose distance spreads them over the sets of the cache."""
+    cdef Py_ssize_t rows = round_up(ceil_div(inner, STREAM), GROUP)
+    return (inner // rows // LANES - 1 | 1) * LANES if inner >= LONG else LANES
+
+
+cdef inline Py_ssize_t cell_count(Py_ssize_t rows, Py_ssize_t least) noexcept nogil:
+    """Into how many parts to cut rows: a power of two, which threads share out evenly."""
+    cdef Py_ssize_t cells = 1
+    while cells < CELLS and 2 * cells * least <= rows:
+        cells *= 2
+    return cells
+
+
 cdef Grid plan(
     Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, bint writing,
 ) noexcept nogil:
     """How an array of this shape is walked, for sums or for writing. Sums want a column a lane, and
     wide rows; writing a run needs one column, so that runs pay sooner."""
     cdef Grid g
-    cdef Py_ssize_t wide = WIDTH // 2 if writing else WIDTH
+    cdef Py_ssize_t least = CELL_ROWS
     g.outer, g.features, g.inner, g.count = outer, features, inner, outer * inner
-    g.runs = inner > wide or (outer < GROUP and inner >= (SHORT_WRITTEN if writing else SHORT))
+    g.sheets, g.rows, g.stride, g.tail, g.times = 1, outer, features * inner, 0, 1
+    g.runs = inner > WIDTH // 2 or (outer < GROUP and inner >= (SHORT_WRITTEN if writing else SHORT))
+    g.each = inner if not g.runs else 1 if writing else LANES
     if g.runs:
-        g.each, g.times = 1 if writing else LANES, 1
-        g.stride = min(CHUNK, inner) if writing else LANES
-        g.sheets, g.rows, g.tail = outer, inner // g.stride, inner % g.stride
+        g.stretch = inner
+        if writing or outer < GROUP or inner >= LONG:
+            g.stretch = g.stride = min(CHUNK, inner) if writing else stretch_of_run(inner)
+            g.sheets, g.rows, g.tail = outer, inner // g.stretch, inner % g.stretch
+        least = max(<Py_ssize_t>GROUP, round_up(CELL_VALUES // g.stretch, GROUP))
     else:
-        g.each, g.times = inner, merged_rows(outer, features * inner, wide)
-        g.sheets, g.rows = 1, outer // g.times
-        g.stride, g.tail = g.times * features * inner, outer % g.times * features * inner
-    g.cell_rows = max(<Py_ssize_t>CELL_ROWS, ceil_div(g.sheets * g.rows, CELLS))
+        g.times = merged_rows(outer, g.stride, WIDTH // 2 if writing else WIDTH)
+        g.rows, g.tail, g.stride = outer // g.times, outer % g.times * g.stride, g.times * g.stride
+    g.cell_rows = ceil_div(g.sheets * g.rows, cell_count(g.sheets * g.rows, least))
     g.cell_rows = round_up(g.cell_rows, g.rows if g.sheets > 1 and g.rows <= SHEET_ROWS else GROUP)
     g.cells = ceil_div(g.sheets * g.rows, g.cell_rows)
     return g
 
 
 cdef Py_ssize_t block_features(
-    const Grid *g, int threads, Py_ssize_t itemsize,
+    const Grid *g, Py_ssize_t itemsize,
 ) noexcept nogil:
-    """Features that are walked together; has no say in the order of any sum."""
-    cdef Py_ssize_t unit, block
+    """Features that are walked together, at the most; has no say in the order of any sum."""
     if g.runs:
-        block = max(<Py_ssize_t>1, min(<Py_ssize_t>RUNS, CACHE // (g.count * 2 * sizeof(double))))
-        return min(block, ceil_div(g.features, threads))
+        return max(<Py_ssize_t>1, min(<Py_ssize_t>RUNS, CACHE // (g.count * 2 * sizeof(double))))
     if g.times > 1:
         return g.features
-    unit = line_multiple(g.inner)
-    block = max(<Py_ssize_t>1, WIDTH * sizeof(float) // (itemsize * g.inner))
-    block = min(block, round_up(ceil_div(g.features, threads), unit))
-    if block > unit:
-        block -= block % unit
-    return block
+    return max(<Py_ssize_t>1, WIDTH * sizeof(float) // (itemsize * g.inner))
 
 
 # -------------------------------------------------------------------------------------------------
 # Leaves: one pass over rows of columns; `s` is from row to row of x and its like
+
+cdef struct Steps:  # how groups of rows of one feature are walked, LANES columns a step
+    Py_ssize_t groups, rows, steps, jump
+    Py_ssize_t ragged  # columns that are left over
+
+
+cdef inline Steps steps_of(Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s) noexcept nogil:
+    """Along the rows of each group; from group to group, if their rows are a single step."""
+    cdef Steps t
+    t.ragged = width % LANES
+    if width == LANES:
+        t.groups, t.rows, t.steps, t.jump = 1, rows // GROUP * GROUP, rows // GROUP, GROUP * s
+    else:
+        t.groups, t.rows, t.steps, t.jump = rows // GROUP, GROUP, width // LANES, LANES
+    return t
+
 
 cdef inline real tree(
     real a, real b, real c, real d, real e, real f, real g, real h,
@@ -238,36 +271,98 @@ cdef inline real deviation(floating x, real hi, real lo) noexcept nogil:
     return (<real>x - hi) - lo
 
 
+cdef inline Py_ssize_t stretch_end(
+    Py_ssize_t start, Py_ssize_t width, Py_ssize_t ahead,
+) noexcept nogil:
+    """Where the columns end that are summed between two calls of `fetch_rows`."""
+    return min(start + STRETCH, width) if ahead else width
+
+
+cdef inline void fetch_rows(
+    const floating *x, Py_ssize_t width, Py_ssize_t s, Py_ssize_t ahead,
+) noexcept nogil:
+    """Ask for what lies `ahead` of some columns of a group of rows, in portions that the processor
+    has room for."""
+    cdef int row
+    if ahead:
+        for row in range(GROUP):
+            fetch(x + row * s + ahead, width * sizeof(floating))
+
+
+cdef inline void add_deviation(
+    double *sum1, double *sum2, floating x, real shift,
+) noexcept nogil:
+    """First pass of the forward: sum(x - shift) and sum((x - shift)^2), one value."""
+    cdef real d = x - shift
+    sum1[0] += d
+    sum2[0] += square[real](d)
+
+
+cdef inline void add_group_deviations(
+    double *sum1, double *sum2, const floating *x, Py_ssize_t s, real c,
+) noexcept nogil:
+    """The same of a group of eight rows, in one column."""
+    sum1[0] += tree[real](
+        x[0] - c, x[s] - c, x[2*s] - c, x[3*s] - c,
+        x[4*s] - c, x[5*s] - c, x[6*s] - c, x[7*s] - c)
+    sum2[0] += tree[real](
+        square[real](x[0] - c), square[real](x[s] - c),
+        square[real](x[2*s] - c), square[real](x[3*s] - c),
+        square[real](x[4*s] - c), square[real](x[5*s] - c),
+        square[real](x[6*s] - c), square[real](x[7*s] - c))
+
+
 cdef inline void add_deviations(
     double *sum1, double *sum2,
     const floating *x, const real *shift,
     Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s, Py_ssize_t ahead,
 ) noexcept nogil:
-    """First pass of the forward: sum(x - shift) and sum((x - shift)^2), column by column."""
-    cdef Py_ssize_t j
-    cdef real c, d
+    """The same of all rows, column by column."""
+    cdef Py_ssize_t j, start, stop
     while rows >= GROUP:
-        if ahead:
-            fetch(x + ahead, GROUP * s * sizeof(floating))
-        for j in range(width):
-            c = shift[j]
-            sum1[j] += tree[real](
-                x[j] - c, x[j + s] - c, x[j + 2*s] - c, x[j + 3*s] - c,
-                x[j + 4*s] - c, x[j + 5*s] - c, x[j + 6*s] - c, x[j + 7*s] - c)
-            sum2[j] += tree[real](
-                square[real](x[j] - c), square[real](x[j + s] - c),
-                square[real](x[j + 2*s] - c), square[real](x[j + 3*s] - c),
-                square[real](x[j + 4*s] - c), square[real](x[j + 5*s] - c),
-                square[real](x[j + 6*s] - c), square[real](x[j + 7*s] - c))
+        start = 0
+        while start < width:
+            stop = stretch_end(start, width, ahead)
+            fetch_rows(x + start, stop - start, s, ahead)
+            for j in range(start, stop):
+                add_group_deviations(sum1 + j, sum2 + j, x + j, s, shift[j])
+            start = stop
         x += GROUP * s
         rows -= GROUP
     while rows > 0:
         for j in range(width):
-            d = x[j] - shift[j]
-            sum1[j] += d
-            sum2[j] += square[real](d)
+            add_deviation(sum1 + j, sum2 + j, x[j], shift[j])
         x += s
         rows -= 1
+
+
+cdef inline void add_run_deviations(
+    double *sum1, double *sum2,
+    const floating *x, real shift, Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s,
+) noexcept nogil:
+    """The same of all rows where all columns are of one feature: into LANES sums, in registers."""
+    cdef double lanes1[LANES]
+    cdef double lanes2[LANES]
+    cdef Py_ssize_t j, k, group
+    cdef Steps t = steps_of(rows, width, s)
+    memcpy(lanes1, sum1, sizeof(lanes1))
+    memcpy(lanes2, sum2, sizeof(lanes2))
+    for group in range(t.groups):
+        for k in range(t.steps):
+            for j in range(LANES):
+                add_group_deviations(lanes1 + j, lanes2 + j, x + k * t.jump + j, s, shift)
+        for j in range(t.ragged):
+            add_group_deviations(lanes1 + j, lanes2 + j, x + width - t.ragged + j, s, shift)
+        x += t.rows * s
+    for group in range(rows - t.groups * t.rows):
+        for k in range(width // LANES):
+            for j in range(LANES):
+                add_deviation(lanes1 + j, lanes2 + j, x[k * LANES + j], shift)
+        for j in range(t.ragged):
+            add_deviation(lanes1 + j, lanes2 + j, x[width - t.ragged + j], shift)
+        x += s
+    memcpy(sum1, lanes1, sizeof(lanes1))
+    memcpy(sum2, lanes2, sizeof(lanes2))
 
 
 cdef inline real product(
@@ -276,50 +371,99 @@ cdef inline real product(
     return <real>dout * ((<real>x - shift) * scale)
 
 
-cdef inline void add_gradients(
-    double *sum1, double *sum2,
-    const floating *dout, const floating *x, const real *columns, Py_ssize_t pitch,
-    Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s, Py_ssize_t ahead,
+cdef inline void add_gradient(
+    double *sum1, double *sum2, floating dout, floating x, real shift, real scale,
 ) noexcept nogil:
-    """First pass of the backward: sum(dout) and sum(dout*(x - shift)*scale), column by column.
+    """First pass of the backward: sum(dout) and sum(dout*(x - shift)*scale), one value.
 
     Not sum(dout*xhat): as sum(xhat) is 0, whatever the roundings of xhat have in common weighs n
     times, and (x - mean)*invstd is rounded alike wherever the mean has digits below those of x.
     x less a number of few digits near the mean is exact or nearly so, and so is its product with a
     power of two. `settle_gradients` makes dgamma of it.
     """
+    sum1[0] += dout
+    sum2[0] += product(dout, x, shift, scale)
+
+
+cdef inline void add_group_gradients(
+    double *sum1, double *sum2, const floating *dout, const floating *x, Py_ssize_t s,
+    real m, real v,
+) noexcept nogil:
+    """The same of a group of eight rows, in one column."""
+    sum1[0] += tree[real](
+        dout[0], dout[s], dout[2*s], dout[3*s], dout[4*s], dout[5*s], dout[6*s], dout[7*s])
+    sum2[0] += tree[real](
+        product(dout[0], x[0], m, v), product(dout[s], x[s], m, v),
+        product(dout[2*s], x[2*s], m, v), product(dout[3*s], x[3*s], m, v),
+        product(dout[4*s], x[4*s], m, v), product(dout[5*s], x[5*s], m, v),
+        product(dout[6*s], x[6*s], m, v), product(dout[7*s], x[7*s], m, v))
+
+
+cdef inline void add_gradients(
+    double *sum1, double *sum2,
+    const floating *dout, const floating *x, const real *columns, Py_ssize_t pitch,
+    Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s, Py_ssize_t ahead,
+) noexcept nogil:
+    """The same of all rows, column by column."""
     cdef const real *shift = columns + CENTRE * pitch
     cdef const real *scale = columns + CENTRE_SCALE * pitch
-    cdef Py_ssize_t j
-    cdef real m, v
+    cdef Py_ssize_t j, start, stop
     while rows >= GROUP:
-        if ahead:
-            fetch(dout + ahead, GROUP * s * sizeof(floating))
-            fetch(x + ahead, GROUP * s * sizeof(floating))
-        for j in range(width):
-            m, v = shift[j], scale[j]
-            sum1[j] += tree[real](
-                dout[j], dout[j + s], dout[j + 2*s], dout[j + 3*s],
-                dout[j + 4*s], dout[j + 5*s], dout[j + 6*s], dout[j + 7*s])
-            sum2[j] += tree[real](
-                product(dout[j], x[j], m, v),
-                product(dout[j + s], x[j + s], m, v),
-                product(dout[j + 2*s], x[j + 2*s], m, v),
-                product(dout[j + 3*s], x[j + 3*s], m, v),
-                product(dout[j + 4*s], x[j + 4*s], m, v),
-                product(dout[j + 5*s], x[j + 5*s], m, v),
-                product(dout[j + 6*s], x[j + 6*s], m, v),
-                product(dout[j + 7*s], x[j + 7*s], m, v))
+        start = 0
+        while start < width:
+            stop = stretch_end(start, width, ahead)
+            fetch_rows(dout + start, stop - start, s, ahead)
+            fetch_rows(x + start, stop - start, s, ahead)
+            for j in range(start, stop):
+                add_group_gradients(sum1 + j, sum2 + j, dout + j, x + j, s, shift[j], scale[j])
+            start = stop
         dout += GROUP * s
         x += GROUP * s
         rows -= GROUP
     while rows > 0:
         for j in range(width):
-            sum1[j] += dout[j]
-            sum2[j] += product(dout[j], x[j], shift[j], scale[j])
+            add_gradient(sum1 + j, sum2 + j, dout[j], x[j], shift[j], scale[j])
         dout += s
         x += s
         rows -= 1
+
+
+cdef inline void add_run_gradients(
+    double *sum1, double *sum2,
+    const floating *dout, const floating *x, const real *columns, Py_ssize_t pitch,
+    Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s,
+) noexcept nogil:
+    """The same of all rows where all columns are of one feature: into LANES sums, in registers."""
+    cdef double lanes1[LANES]
+    cdef double lanes2[LANES]
+    cdef real m = columns[CENTRE * pitch], v = columns[CENTRE_SCALE * pitch]
+    cdef Py_ssize_t j, k, group
+    cdef Steps t = steps_of(rows, width, s)
+    memcpy(lanes1, sum1, sizeof(lanes1))
+    memcpy(lanes2, sum2, sizeof(lanes2))
+    for group in range(t.groups):
+        for k in range(t.steps):
+            for j in range(LANES):
+                add_group_gradients(
+                    lanes1 + j, lanes2 + j, dout + k * t.jump + j, x + k * t.jump + j, s, m, v)
+        for j in range(width - t.ragged, width):
+            add_group_gradients(
+                lanes1 + j + t.ragged - width, lanes2 + j + t.ragged - width, dout + j, x + j, s,
+                m, v)
+        dout += t.rows * s
+        x += t.rows * s
+    for group in range(rows - t.groups * t.rows):
+        for k in range(width // LANES):
+            for j in range(LANES):
+                add_gradient(
+                    lanes1 + j, lanes2 + j, dout[k * LANES + j], x[k * LANES + j], m, v)
+        for j in range(width - t.ragged, width):
+            add_gradient(
+                lanes1 + j + t.ragged - width, lanes2 + j + t.ragged - width, dout[j], x[j], m, v)
+        dout += s
+        x += s
+    memcpy(sum1, lanes1, sizeof(lanes1))
+    memcpy(sum2, lanes2, sizeof(lanes2))
 
 
 cdef inline void put(
@@ -553,7 +697,7 @@ cdef inline Piece cell_at(const Grid *g, const Block *b, Py_ssize_t cell) noexce
     p.offset = p.rows = p.tail = 0
     p.part = b.parts
     p.column = 0
-    p.width = g.stride if g.runs else b.width
+    p.width = g.stretch if g.runs else b.width
     return p
 
 
@@ -577,12 +721,6 @@ cdef inline bint advance(Piece *p, const Grid *g, const Block *b) noexcept nogil
     return True
 
 
-cdef inline Py_ssize_t grouped(Py_ssize_t rows) noexcept nogil:
-    """Rows of a run that are summed in groups, by a loop whose width the compiler knows: so the
-    sums stay in registers. Of single rows it would unroll every value."""
-    return rows - rows % GROUP
-
-
 cdef void deviations_of_cell(
     Sums t, const floating *x, const real *shift, const Grid *g, const Block *b, Py_ssize_t cell,
 ) noexcept nogil:
@@ -590,19 +728,22 @@ cdef void deviations_of_cell(
     cdef Sums columns = columns_of(t, <double *>aligned(storage), b)
     cdef double *sum1
     cdef double *sum2
-    cdef Py_ssize_t at, rows
+    cdef const floating *at
+    cdef const real *c
     cdef Piece p = cell_at(g, b, cell)
     while advance(&p, g, b):
         sum1, sum2 = columns.first + p.column, columns.second + p.column
-        at, rows = p.offset, p.rows
+        at, c = x + p.offset, shift + p.column
         if g.runs:
-            rows = grouped(p.rows)
-            add_deviations(sum1, sum2, x + at, shift + p.column, rows, LANES, LANES, b.ahead)
-            at, rows = at + rows * LANES, p.rows - rows
-        add_deviations(sum1, sum2, x + at, shift + p.column, rows, p.width, g.stride, 0)
-        at += rows * g.stride
-        add_deviations(
-            sum1, sum2, x + at, shift + p.column, p.tail > 0, p.tail, g.stride, 0)
+            if g.stride == LANES:  # as a constant: 15 to 40 % in short runs
+                add_run_deviations(sum1, sum2, at, c[0], p.rows, LANES, LANES)
+            else:
+                add_run_deviations(sum1, sum2, at, c[0], p.rows, p.width, g.stride)
+            if p.tail:
+                add_run_deviations(sum1, sum2, at + p.rows * g.stride, c[0], 1, p.tail, 0)
+        else:
+            add_deviations(sum1, sum2, at, c, p.rows, p.width, g.stride, b.ahead)
+            add_deviations(sum1, sum2, at + p.rows * g.stride, c, p.tail > 0, p.tail, 0, 0)
     fold_columns(t, columns, g, b)
 
 
@@ -614,23 +755,26 @@ cdef void gradients_of_cell(
     cdef Sums of_columns = columns_of(t, <double *>aligned(storage), b)
     cdef double *sum1
     cdef double *sum2
-    cdef Py_ssize_t at, rows
+    cdef const real *c
+    cdef Py_ssize_t at, end
     cdef Piece p = cell_at(g, b, cell)
     while advance(&p, g, b):
         sum1, sum2 = of_columns.first + p.column, of_columns.second + p.column
-        at, rows = p.offset, p.rows
+        at, end, c = p.offset, p.offset + p.rows * g.stride, columns + p.column
         if g.runs:
-            rows = grouped(p.rows)
+            if g.stride == LANES:
+                add_run_gradients(
+                    sum1, sum2, dout + at, x + at, c, b.pitch, p.rows, LANES, LANES)
+            else:
+                add_run_gradients(
+                    sum1, sum2, dout + at, x + at, c, b.pitch, p.rows, p.width, g.stride)
+            if p.tail:
+                add_run_gradients(sum1, sum2, dout + end, x + end, c, b.pitch, 1, p.tail, 0)
+        else:
             add_gradients(
-                sum1, sum2, dout + at, x + at, columns + p.column, b.pitch, rows, LANES, LANES,
-                b.ahead)
-            at, rows = at + rows * LANES, p.rows - rows
-        add_gradients(
-            sum1, sum2, dout + at, x + at, columns + p.column, b.pitch, rows, p.width, g.stride, 0)
-        at += rows * g.stride
-        add_gradients(
-            sum1, sum2, dout + at, x + at, columns + p.column, b.pitch,
-            p.tail > 0, p.tail, g.stride, 0)
+                sum1, sum2, dout + at, x + at, c, b.pitch, p.rows, p.width, g.stride, b.ahead)
+            add_gradients(
+                sum1, sum2, dout + end, x + end, c, b.pitch, p.tail > 0, p.tail, 0, 0)
     fold_columns(t, of_columns, g, b)
 
 
@@ -1030,10 +1174,12 @@ cdef void rescue_gradients(
     cdef double columns[CENTRES * SCRATCH]
     cdef double storage[2 * WIDTH]
     cdef Sums wide = sums_at(storage, WIDTH)
+    cdef Grid r = single_rows(g)
+    cdef Block of_rows = block_at(&r, b.start, b.size)
     if not (overflowed(t.first, b.size) or overflowed(t.second, b.size)):
         return
-    spread_centres(columns, centres, g, b)
-    sum_gradients(wide, dout, x, columns, g, b)
+    spread_centres(columns, centres, &r, &of_rows)
+    sum_gradients(wide, dout, x, columns, &r, &of_rows)
     replace_overflowed(t.first, wide.first, b.size)
     replace_overflowed(t.second, wide.second, b.size)
 
@@ -1078,7 +1224,9 @@ cdef struct Work:
     int writing              # DIRECT, STREAMING or IN_PLACE
     int threads
     bint by_cells
-    Py_ssize_t size, blocks  # features of a block, how many blocks
+    bint far                 # the arrays do not stay in the cache
+    Py_ssize_t unit, units, blocks  # features that end with a cache line, how many such, blocks
+    Py_ssize_t slice, slices  # by cells: features whose parts a thread merges, how many such
     double *statistics
     double *parts            # by cells: two sums of every feature of every cell
     double *gradients        # backward: two sums of every feature
@@ -1086,26 +1234,40 @@ cdef struct Work:
 
 cdef Work share(
     const Shape *shape, double *statistics, Py_ssize_t itemsize, bint measure, bint write,
-    int writing, int threads,
+    int writing, bint far, int threads,
 ) noexcept nogil:
     cdef Work w
+    cdef Py_ssize_t size
     w.sums = plan(shape.outer, shape.features, shape.inner, False)
     w.writes = plan(shape.outer, shape.features, shape.inner, True)
-    w.measure, w.write, w.writing = measure, write, writing
+    w.measure, w.write, w.writing, w.far = measure, write, writing, far
     w.threads = threads
     if w.sums.runs:
         w.by_cells = shape.features < w.threads
     else:
         w.by_cells = w.sums.times > 1 or w.sums.cells >= w.threads
     w.by_cells &= w.threads > 1 and w.sums.cells > 1
-    w.size = block_features(&w.sums, 1 if w.by_cells else w.threads, itemsize)
-    w.blocks = ceil_div(shape.features, w.size)
+    size = block_features(&w.sums, itemsize)
+    w.unit = 1 if w.sums.runs else min(line_multiple(shape.inner), size)
+    if w.sums.times > 1:
+        w.unit = size
+    w.units = ceil_div(shape.features, w.unit)
+    w.blocks = ceil_div(w.units, size // w.unit)
+    if not w.by_cells:
+        w.blocks = min(round_up(w.blocks, threads), w.units)
+    w.slice = min(<Py_ssize_t>WIDTH, round_up(ceil_div(shape.features, threads), LINE))
+    w.slices = ceil_div(shape.features, w.slice)
     w.statistics, w.parts, w.gradients = statistics, NULL, NULL
     return w
 
 
 cdef inline Block block_of(const Grid *g, const Work *w, Py_ssize_t i) noexcept nogil:
-    return block_at(g, i * w.size, w.size)
+    cdef Py_ssize_t start = w.units * i // w.blocks * w.unit
+    return block_at(g, start, w.units * (i + 1) // w.blocks * w.unit - start)
+
+
+cdef inline Block slice_of(const Grid *g, const Work *w, Py_ssize_t i) noexcept nogil:
+    return block_at(g, i * w.slice, w.slice)
 
 
 cdef inline bint fits_cache(const Block *b, const Work *w, Py_ssize_t itemsize) noexcept nogil:
@@ -1116,15 +1278,21 @@ cdef inline bint fits_cache(const Block *b, const Work *w, Py_ssize_t itemsize) 
 cdef inline Py_ssize_t ahead_of(
     const Block *b, const Work *w, Py_ssize_t i, Py_ssize_t itemsize,
 ) noexcept nogil:
-    """From a block to the thread's next, to be fetched while this is written, where both fit."""
-    return b.size * w.writes.inner if fits_cache(b, w, itemsize) and i + 1 < w.blocks else 0
+    """From a value that is written past the cache to one that is to be fetched: of the thread's
+    next block, where blocks fit the cache, else of those that follow in memory."""
+    if fits_cache(b, w, itemsize):
+        return b.size * w.writes.inner if i + 1 < w.blocks else 0
+    return AHEAD_WRITTEN
 
 
 cdef inline Py_ssize_t ahead_in(
     const Block *b, const Work *w, Py_ssize_t itemsize,
 ) noexcept nogil:
-    """From a value that is summed to one to be fetched, where blocks do not fit."""
-    return 0 if fits_cache(b, w, itemsize) else AHEAD
+    """From a value that is summed to one that is to be fetched, where blocks do not fit: along a
+    run; of rows past the cache, those of the next group."""
+    if fits_cache(b, w, itemsize):
+        return 0
+    return 0 if w.sums.runs or not w.far else GROUP * w.sums.stride
 
 
 cdef inline Py_ssize_t first_cell(const Work *w, Py_ssize_t thread) noexcept nogil:
@@ -1156,22 +1324,22 @@ cdef inline Py_ssize_t whole_rows_from(
 
 
 cdef int take_parts(Work *w) noexcept nogil:
-    w.parts = <double *>malloc(w.sums.cells * w.blocks * 2 * w.size * sizeof(double))
+    w.parts = <double *>malloc(w.sums.cells * 2 * w.sums.features * sizeof(double))
     return 0 if w.parts != NULL else -1
 
 
-cdef inline Sums part_of(const Work *w, Py_ssize_t cell, Py_ssize_t i) noexcept nogil:
-    """The sums of block `i` in a cell."""
-    return sums_at(w.parts + (cell * w.blocks + i) * 2 * w.size, w.size)
+cdef inline Sums part_of(const Work *w, Py_ssize_t cell, const Block *b) noexcept nogil:
+    """The sums of a block's features in a cell."""
+    cdef Py_ssize_t features = w.sums.features
+    return sums_at(w.parts + cell * 2 * features + b.start, features)
 
 
-cdef Sums merged_parts(const Work *w, Py_ssize_t i, const Block *b) noexcept nogil:
-    """The sums of block `i`, in the place of its first part."""
-    cdef Sums total = part_of(w, 0, i)
-    cdef Py_ssize_t cell
-    for cell in range(1, w.sums.cells):
-        add_sums(total, part_of(w, cell, i), b.size)
-    return total
+cdef void merge_parts(Sums total, const Work *w, const Block *b) noexcept nogil:
+    cdef Py_ssize_t cell, size = b.size
+    memset(total.first, 0, size * sizeof(double))
+    memset(total.second, 0, size * sizeof(double))
+    for cell in range(w.sums.cells):
+        add_sums(total, part_of(w, cell, b), size)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1221,7 +1389,7 @@ cdef void forward_block(
 
 
 cdef void shift_task(const floating *x, const Work *w, Py_ssize_t i) noexcept nogil:
-    cdef Block b = block_of(&w.sums, w, i)
+    cdef Block b = slice_of(&w.sums, w, i)
     cdef Statistics s = statistics_of(w, &b)
     sample_shift(&s, x, &w.sums, &b)
 
@@ -1235,27 +1403,20 @@ cdef void deviations_task(
     cdef Statistics s = statistics_of(w, &b)
     b.ahead = ahead_in(&b, w, sizeof(floating))
     spread(shift, s.mean, &w.sums, &b)
-    deviations_of_cell(part_of(w, cell, i), x, shift, &w.sums, &b, cell)
+    deviations_of_cell(part_of(w, cell, &b), x, shift, &w.sums, &b, cell)
 
 
-cdef void merge_moments(const floating *x, const Work *w, Py_ssize_t i) noexcept nogil:
-    cdef Block b = block_of(&w.sums, w, i)
+cdef void merge_moments(
+    const floating *x, const floating *gamma, double eps, const Work *w, Py_ssize_t i,
+) noexcept nogil:
+    cdef double storage[2 * WIDTH]
+    cdef Sums t = sums_at(storage, WIDTH)
+    cdef Block b = slice_of(&w.sums, w, i)
     cdef Statistics s = statistics_of(w, &b)
-    moments_of_sums(&s, merged_parts(w, i, &b), x, &w.sums, &b)
-
-
-cdef int moments_by_cells(const floating *x, Work *w) noexcept nogil:
-    cdef Py_ssize_t i
-    if take_parts(w):
-        return -1
-    for i in range(w.blocks):
-        shift_task(x, w, i)
-    for i in prange(w.sums.cells * w.blocks, num_threads=w.threads, schedule="static"):
-        deviations_task(x, w, i // w.blocks, i % w.blocks)
-    for i in range(w.blocks):
-        merge_moments(x, w, i)
-    free(w.parts)
-    return 0
+    if w.measure:
+        merge_parts(t, w, &b)
+        moments_of_sums(&s, t, x, &w.sums, &b)
+    describe(&s, gamma, eps, &b)
 
 
 cdef void normalize_share(
@@ -1275,13 +1436,20 @@ cdef int forward_by_cells(
     double eps, Work *w,
 ) noexcept nogil:
     cdef Py_ssize_t i
-    if w.measure and moments_by_cells(x, w):
+    if w.measure and take_parts(w):
         return -1
-    for i in range(w.blocks):
-        describe_task(gamma, eps, w, i)
-    if w.write:
-        for i in prange(w.threads, num_threads=w.threads, schedule="static"):
-            normalize_share(y, x, beta, w, i)
+    with parallel(num_threads=w.threads):
+        if w.measure:
+            for i in prange(w.slices, schedule="static"):
+                shift_task(x, w, i)
+            for i in prange(w.sums.cells * w.blocks, schedule="static"):
+                deviations_task(x, w, i // w.blocks, i % w.blocks)
+        for i in prange(w.slices, schedule="static"):
+            merge_moments(x, gamma, eps, w, i)
+        if w.write:
+            for i in prange(w.threads, schedule="static"):
+                normalize_share(y, x, beta, w, i)
+    free(w.parts)
     return 0
 
 
@@ -1291,7 +1459,8 @@ cdef int forward_of(
 ) noexcept nogil:
     cdef int writing = STREAMING if streaming else DIRECT
     cdef Work w = share(
-        shape, statistics, sizeof(floating), measure, y != NULL, writing, threads)
+        shape, statistics, sizeof(floating), measure, y != NULL, writing, streaming,
+        threads)
     cdef Py_ssize_t i
     if w.by_cells:
         return forward_by_cells(y, x, gamma, beta, eps, &w)
@@ -1371,7 +1540,7 @@ cdef void gradient_parts_task(
     b.ahead = ahead_in(&b, w, 2 * sizeof(floating))
     find_centres(centres, &s, sizeof(floating) == 4, &b)
     spread_centres(columns, centres, &w.sums, &b)
-    gradients_of_cell(part_of(w, cell, i), dout, x, columns, &w.sums, &b, cell)
+    gradients_of_cell(part_of(w, cell, &b), dout, x, columns, &w.sums, &b, cell)
 
 
 cdef void merge_gradients(
@@ -1379,28 +1548,12 @@ cdef void merge_gradients(
     const Work *w, Py_ssize_t i,
 ) noexcept nogil:
     cdef double centres[2 * WIDTH]
-    cdef Block b = block_of(&w.sums, w, i)
+    cdef Block b = slice_of(&w.sums, w, i)
     cdef Statistics s = statistics_of(w, &b)
     cdef Sums t = gradients_of(w, &b)
-    cdef Sums merged = merged_parts(w, i, &b)
-    memcpy(t.first, merged.first, b.size * sizeof(double))
-    memcpy(t.second, merged.second, b.size * sizeof(double))
+    merge_parts(t, w, &b)
     find_centres(centres, &s, sizeof(floating) == 4, &b)
     finish_gradients(t, centres, dout, x, &s, dgamma, dbeta, &w.sums, &b)
-
-
-cdef int gradients_by_cells(
-    floating *dgamma, floating *dbeta, const floating *dout, const floating *x, Work *w,
-) noexcept nogil:
-    cdef Py_ssize_t i
-    if take_parts(w):
-        return -1
-    for i in prange(w.sums.cells * w.blocks, num_threads=w.threads, schedule="static"):
-        gradient_parts_task(dout, x, w, i // w.blocks, i % w.blocks)
-    for i in range(w.blocks):
-        merge_gradients(dgamma, dbeta, dout, x, w, i)
-    free(w.parts)
-    return 0
 
 
 cdef void input_gradient_share(
@@ -1421,11 +1574,18 @@ cdef int backward_by_cells(
     double count, Work *w,
 ) noexcept nogil:
     cdef Py_ssize_t i
-    if w.measure and gradients_by_cells(dgamma, dbeta, dout, x, w):
+    if w.measure and take_parts(w):
         return -1
-    if w.write:
-        for i in prange(w.threads, num_threads=w.threads, schedule="static"):
-            input_gradient_share(dx, dout, x, count, w, i)
+    with parallel(num_threads=w.threads):
+        if w.measure:
+            for i in prange(w.sums.cells * w.blocks, schedule="static"):
+                gradient_parts_task(dout, x, w, i // w.blocks, i % w.blocks)
+            for i in prange(w.slices, schedule="static"):
+                merge_gradients(dgamma, dbeta, dout, x, w, i)
+        if w.write:
+            for i in prange(w.threads, schedule="static"):
+                input_gradient_share(dx, dout, x, count, w, i)
+    free(w.parts)
     return 0
 
 
@@ -1436,7 +1596,8 @@ cdef int backward_of(
 ) noexcept nogil:
     cdef int writing = STREAMING if streaming else IN_PLACE if dx == dout else DIRECT
     cdef Work w = share(
-        shape, statistics, sizeof(floating), measure, dx != NULL, writing, threads)
+        shape, statistics, sizeof(floating), measure, dx != NULL, writing, streaming,
+        threads)
     cdef Py_ssize_t i
     w.gradients = sums
     if w.by_cells:

@@ -45,7 +45,7 @@ cdef enum:
     FEATURE = 16
 
 # Bytes from which an output is written past the cache: what the last level would not keep beside x.
-cdef Py_ssize_t streamed = 2 * cpu.last_level_cache() // 3
+cdef Py_ssize_t streamed = min(2 * cpu.last_level_cache() // 3, 40 << 20)
 
 cdef Kernels *kernels = <Kernels *>PyCapsule_GetPointer(KERNELS, "bn_cy.Kernels")
 cdef object new_array = np.empty
