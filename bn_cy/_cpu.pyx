@@ -1,7 +1,5 @@
 """What the processor and OpenMP offer."""
 
-import os
-
 cdef extern from *:
     """
     #ifdef _OPENMP
@@ -33,6 +31,19 @@ cdef extern from *:
     static int bn_cpu_level(void) { return 0; }
     #endif
 
+    /* The bytes of the last-level cache; 0 where the system does not tell. */
+    #if defined(__linux__)
+    #include <unistd.h>
+    #endif
+    static long bn_last_level_cache(void) {
+        long size = 0;
+    #ifdef _SC_LEVEL3_CACHE_SIZE
+        size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+        if (size <= 0) size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    #endif
+        return size > 0 ? size : 0;
+    }
+
     #ifndef BN_CY_VARIANTS
     #define BN_CY_VARIANTS "plain"
     #endif
@@ -44,6 +55,7 @@ cdef extern from *:
     """
     int omp_get_max_threads() nogil
     int bn_cpu_level() nogil
+    long bn_last_level_cache() nogil
     bint HAS_OPENMP "BN_CY_HAS_OPENMP"
     const char *VARIANTS "BN_CY_VARIANTS"
 
@@ -63,7 +75,4 @@ def max_threads():
 
 def last_level_cache():
     """Return the bytes of the last-level cache; 16 MB where the system does not tell."""
-    for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE"):
-        if name in getattr(os, "sysconf_names", ()) and os.sysconf(name) > 0:
-            return os.sysconf(name)
-    return 16 << 20
+    return bn_last_level_cache() or 16 << 20

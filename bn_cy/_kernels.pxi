@@ -128,13 +128,13 @@ cdef enum:  # what the first pass of the backward needs of every column, a row o
     CENTRES
 
 cdef enum:  # what the second passes need of every column, a row of scratch each
-    HI = 0      # the mean as a high and a low part: (x - hi) - lo loses no digits
-    LO
+    HI = 0      # the mean in the data's type: x - hi loses no digits; what is left of it, lo, goes
     SCALE       # forward: gamma*invstd
-    BETA
-    XHAT_SCALE = 2  # backward: invstd
-    MEAN_DOUT       # dbeta/n
+    SHIFT       # into what is added, beta - lo*gamma*invstd
+    NORMALIZE   # how many
+    XHAT_SCALE = 1  # backward: invstd
     MEAN_PRODUCT    # dgamma/n
+    MEAN_DOUT       # dbeta/n, and here lo: dbeta/n - lo*invstd*dgamma/n
     DX_SCALE        # gamma*invstd
     PARAMETERS
     SCRATCH = WIDTH + 2 * LINE  # pitch of such rows, at the most, and room to align them
@@ -264,11 +264,6 @@ cdef inline real tree(
 
 cdef inline real square(real a) noexcept nogil:
     return a * a
-
-
-cdef inline real deviation(floating x, real hi, real lo) noexcept nogil:
-    """x - mean, the mean in two parts: the first difference is exact where it matters."""
-    return (<real>x - hi) - lo
 
 
 cdef inline Py_ssize_t stretch_end(
@@ -490,18 +485,17 @@ cdef inline void normalize_row(
 ) noexcept nogil:
     """y = gamma*invstd*(x - mean) + beta; a run has one column for all its values."""
     cdef const floating *hi = columns + HI * pitch
-    cdef const floating *lo = columns + LO * pitch
     cdef const floating *scale = columns + SCALE * pitch
-    cdef const floating *beta = columns + BETA * pitch
-    cdef floating m, rest, a, b
+    cdef const floating *shift = columns + SHIFT * pitch
+    cdef floating m, a, b
     cdef Py_ssize_t j
     if run:
-        m, rest, a, b = hi[0], lo[0], scale[0], beta[0]
+        m, a, b = hi[0], scale[0], shift[0]
         for j in range(width):
-            y[j] = deviation(x[j], m, rest) * a + b
+            y[j] = (x[j] - m) * a + b
     else:
         for j in range(width):
-            y[j] = deviation(x[j], hi[j], lo[j]) * scale[j] + beta[j]
+            y[j] = (x[j] - hi[j]) * scale[j] + shift[j]
 
 
 cdef inline floating dx_of(
@@ -516,23 +510,21 @@ cdef inline void input_gradient_row(
 ) noexcept nogil:
     """dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n); a run has one column."""
     cdef const floating *hi = columns + HI * pitch
-    cdef const floating *lo = columns + LO * pitch
     cdef const floating *invstd = columns + XHAT_SCALE * pitch
-    cdef const floating *mean_dout = columns + MEAN_DOUT * pitch
     cdef const floating *mean_product = columns + MEAN_PRODUCT * pitch
+    cdef const floating *mean_dout = columns + MEAN_DOUT * pitch
     cdef const floating *scale = columns + DX_SCALE * pitch
-    cdef floating m, rest, v, mean1, mean2, a
+    cdef floating m, v, mean1, mean2, a
     cdef Py_ssize_t j
     if run:
-        m, rest, v, a = hi[0], lo[0], invstd[0], scale[0]
+        m, v, a = hi[0], invstd[0], scale[0]
         mean1, mean2 = mean_dout[0], mean_product[0]
         for j in range(width):
-            dx[j] = dx_of(dout[j], deviation(x[j], m, rest) * v, mean1, mean2, a)
+            dx[j] = dx_of(dout[j], (x[j] - m) * v, mean1, mean2, a)
     else:
         for j in range(width):
             dx[j] = dx_of(
-                dout[j], deviation(x[j], hi[j], lo[j]) * invstd[j],
-                mean_dout[j], mean_product[j], scale[j])
+                dout[j], (x[j] - hi[j]) * invstd[j], mean_dout[j], mean_product[j], scale[j])
 
 
 cdef inline void write_normalized(
@@ -1016,56 +1008,42 @@ cdef void describe(
             kept[f] = gamma[f]
 
 
-cdef inline void spread_mean(
-    real *columns, const Statistics *s, const Grid *g, const Block *b,
+cdef inline void find_lo(
+    double *lo, const Statistics *s, bint single, Py_ssize_t size,
 ) noexcept nogil:
+    """What the means leave over when they are rounded to the data's type, as hi."""
     cdef const double *mean = s.mean
-    cdef const double *rest = s.rest
-    cdef double lo[WIDTH]
-    cdef Py_ssize_t f, size = b.size
-    for f in range(size):
-        lo[f] = (mean[f] - <real>mean[f]) + rest[f]
-    spread(columns + HI * b.pitch, mean, g, b)
-    spread(columns + LO * b.pitch, lo, g, b)
-
-
-cdef inline void spread_scale(
-    real *column, const Statistics *s, const Grid *g, const Block *b,
-) noexcept nogil:
-    cdef const double *gamma = s.gamma
-    cdef const double *invstd = s.invstd
-    cdef double scale[WIDTH]
-    cdef Py_ssize_t f, size = b.size
-    for f in range(size):
-        scale[f] = gamma[f] * invstd[f]
-    spread(column, scale, g, b)
+    cdef Py_ssize_t f
+    memcpy(lo, s.rest, size * sizeof(double))
+    if single:
+        for f in range(size):
+            lo[f] += mean[f] - <float>mean[f]
 
 
 cdef void prepare_normalize(
     floating *columns, const Statistics *s, const floating *beta, const Grid *g, const Block *b,
 ) noexcept nogil:
+    cdef const double *gamma = s.gamma
+    cdef const double *invstd = s.invstd
+    cdef double lo[WIDTH]
+    cdef double scale[WIDTH]
     cdef double shift[WIDTH]
     cdef Py_ssize_t f, size = b.size
-    spread_mean(columns, s, g, b)
-    spread_scale(columns + SCALE * b.pitch, s, g, b)
-    if beta == NULL:
-        memset(shift, 0, size * sizeof(double))
-    else:
+    find_lo(lo, s, sizeof(floating) == 4, size)
+    for f in range(size):
+        scale[f] = gamma[f] * invstd[f]
+        shift[f] = -lo[f] * scale[f]
+    if beta != NULL:
         beta += b.start
         for f in range(size):
-            shift[f] = beta[f]
-    spread(columns + BETA * b.pitch, shift, g, b)
+            shift[f] += beta[f]
+    spread(columns + HI * b.pitch, s.mean, g, b)
+    spread(columns + SCALE * b.pitch, scale, g, b)
+    spread(columns + SHIFT * b.pitch, shift, g, b)
 
 
 # -------------------------------------------------------------------------------------------------
 # Gradients of a block of features
-
-cdef void spread_xhat(
-    real *columns, const Statistics *s, const Grid *g, const Block *b,
-) noexcept nogil:
-    spread_mean(columns, s, g, b)
-    spread(columns + XHAT_SCALE * b.pitch, s.invstd, g, b)
-
 
 cdef inline unsigned long long bits_of(double value) noexcept nogil:
     cdef unsigned long long bits
@@ -1192,24 +1170,29 @@ cdef void store_gradient(floating *gradient, const double *sums, const Block *b)
             gradient[f] = <floating>sums[f]
 
 
-cdef inline void spread_share(
-    real *column, const double *sums, double count, const Grid *g, const Block *b,
-) noexcept nogil:
-    cdef double means[WIDTH]
-    cdef double share = 1 / count
-    cdef Py_ssize_t f, size = b.size
-    for f in range(size):
-        means[f] = sums[f] * share
-    spread(column, means, g, b)
-
-
 cdef void prepare_input_gradient(
     floating *columns, const Statistics *s, Sums t, double count, const Grid *g, const Block *b,
 ) noexcept nogil:
-    spread_xhat(columns, s, g, b)
-    spread_share(columns + MEAN_DOUT * b.pitch, t.first, count, g, b)
-    spread_share(columns + MEAN_PRODUCT * b.pitch, t.second, count, g, b)
-    spread_scale(columns + DX_SCALE * b.pitch, s, g, b)
+    cdef const double *gamma = s.gamma
+    cdef const double *invstd = s.invstd
+    cdef const double *sum_dout = t.first
+    cdef const double *sum_product = t.second
+    cdef double share = 1 / count
+    cdef double lo[WIDTH]
+    cdef double mean_product[WIDTH]
+    cdef double mean_dout[WIDTH]
+    cdef double scale[WIDTH]
+    cdef Py_ssize_t f, size = b.size
+    find_lo(lo, s, sizeof(floating) == 4, size)
+    for f in range(size):
+        mean_product[f] = sum_product[f] * share
+        mean_dout[f] = sum_dout[f] * share - lo[f] * invstd[f] * mean_product[f]
+        scale[f] = gamma[f] * invstd[f]
+    spread(columns + HI * b.pitch, s.mean, g, b)
+    spread(columns + XHAT_SCALE * b.pitch, s.invstd, g, b)
+    spread(columns + MEAN_PRODUCT * b.pitch, mean_product, g, b)
+    spread(columns + MEAN_DOUT * b.pitch, mean_dout, g, b)
+    spread(columns + DX_SCALE * b.pitch, scale, g, b)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1365,7 +1348,7 @@ cdef void normalize_task(
     const Work *w, Py_ssize_t i, Py_ssize_t first, Py_ssize_t stop,
 ) noexcept nogil:
     """Cells from the last to the first: it begins on what the first pass left in the cache."""
-    cdef floating storage[4 * SCRATCH]
+    cdef floating storage[NORMALIZE * SCRATCH]
     cdef floating *columns = <floating *>aligned(storage)
     cdef Block b = block_of(&w.writes, w, i)
     cdef Statistics s = statistics_of(w, &b)

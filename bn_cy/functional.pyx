@@ -44,8 +44,10 @@ cdef enum:
     GRAIN = 12_000  # values of work, a feature counting as FEATURE, that a thread has at the least
     FEATURE = 16
 
-# Bytes from which an output is written past the cache: what the last level would not keep beside x.
-cdef Py_ssize_t streamed = min(2 * cpu.last_level_cache() // 3, 40 << 20)
+# Bytes of all the arrays of a call from which its output is written past the cache: what the last
+# level does not keep. One that is larger than FAR is shared with many.
+FAR = 80 << 20
+cdef Py_ssize_t streamed = min(4 * cpu.last_level_cache() // 3, FAR)
 
 cdef Kernels *kernels = <Kernels *>PyCapsule_GetPointer(KERNELS, "bn_cy.Kernels")
 cdef object new_array = np.empty
@@ -452,8 +454,8 @@ cdef int launch_forward(
 
 
 def stream_from(Py_ssize_t size):
-    """Set from how many bytes an output is written past the cache; return what it was. Results have
-    the same bits either way: this is for their tests, and for measurements."""
+    """Set from how many bytes of all its arrays a call writes past the cache; return what it was.
+    Results have the same bits either way: this is for their tests, and for measurements."""
     global streamed
     before, streamed = streamed, size
     return before
@@ -467,7 +469,7 @@ cdef int call_forward(
         return 0
     return kernels[batch.double_precision].forward(
         y, statistics, batch.view.buf, gamma, beta, &batch.shape, eps,
-        measure, batch.nbytes >= streamed, threads)
+        measure, 2 * batch.nbytes >= streamed, threads)
 
 
 cdef int launch_backward(
@@ -498,7 +500,7 @@ cdef int call_backward(
         return 0
     return kernels[batch.double_precision].backward(
         dx, dgamma, dbeta, sums, statistics, dout, batch.view.buf, &batch.shape,
-        count, measure, batch.nbytes >= streamed, threads)
+        count, measure, 3 * batch.nbytes >= streamed, threads)
 
 
 cdef int threads_for(Batch batch) except -1:

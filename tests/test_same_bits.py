@@ -92,7 +92,7 @@ def stream_from():
 def test_outputs_through_and_past_the_cache(rng, stream_from, shape, axis, dtype):
     """Past it go whole lines, with ordinary stores at the ragged ends."""
     x, dout, gamma, beta = draw(rng, shape, axis, dtype)
-    stream_from(2 * x.nbytes)
+    stream_from(4 * x.nbytes)
     expected = step(x, dout, gamma, beta, axis)
     stream_from(0)
     for shift in (0, 1, 15) if x.size < 200_000 else (3,):
