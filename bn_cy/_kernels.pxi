@@ -220,6 +220,7 @@ cdef Grid plan(
     else:
         g.times = merged_rows(outer, g.stride, WIDTH // 2 if writing else WIDTH)
         g.rows, g.tail, g.stride = outer // g.times, outer % g.times * g.stride, g.times * g.stride
+        least = max(<Py_ssize_t>CELL_ROWS, 65536 // g.stride)
     g.cell_rows = ceil_div(g.sheets * g.rows, cell_count(g.sheets * g.rows, least))
     g.cell_rows = round_up(g.cell_rows, g.rows if g.sheets > 1 and g.rows <= SHEET_ROWS else GROUP)
     g.cells = ceil_div(g.sheets * g.rows, g.cell_rows)
