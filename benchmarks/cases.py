@@ -7,6 +7,8 @@ from dataclasses import dataclass
 FEATURE_AXIS = {"rows": 1, "axis0": 0, "nchw": 1, "nhwc": 3}
 GROUPS = {"mlp": ("rows",), "cnn": ("nchw", "nhwc"), "axis0": ("axis0",)}
 CACHE_LINE = 64
+ARRAYS = {"forward": 1, "backward": 2}  # that a verb reads
+STREAMED = {"forward": ("read", "copy"), "backward": ("read two", "add")}  # see streaming.py
 LARGE = 32_000_000  # bytes; arrays from here on are held against the streaming limit
 
 
@@ -129,29 +131,31 @@ def share_of_one_feature(case):
     return examples * itemsize
 
 
-def compulsory_reads(case, verb, l2, l3):
+def compulsory_reads(case, verb, l2):
     """Return how many arrays of x's size `verb` must read from memory; it writes one more.
 
     Training needs a feature's sums before it can write the feature's first result, so x
-    (for the backward pass x and dout) is passed over twice. The second pass costs no memory
-    traffic in two cases only: one feature's share of the data, the least that can be worked
-    on at a time, still lies in the core's own cache, of which half is counted because code,
-    output and the other core's traffic want room too; or the whole data lie in the last-level
-    cache of `l3` bytes. Otherwise everything is read twice, whoever writes the loops.
+    (for the backward pass x and dout) is passed over twice. The second pass costs no traffic
+    where one feature's share of the data, the least that can be worked on at a time, still
+    lies in the core's own cache, of which half is counted because code, output and the other
+    core's traffic want room too. Otherwise everything is read twice, whoever writes the loops.
+    A last-level cache that holds the arrays changes nothing in the number of reads: it changes
+    their speed, and that of the streaming which they are held against.
     """
-    arrays = 1 if verb == "forward" else 2
-    kept = arrays * share_of_one_feature(case) <= l2 / 2 or arrays * case.nbytes <= l3
-    return arrays if kept else 2 * arrays
+    arrays = ARRAYS[verb]
+    return arrays if arrays * share_of_one_feature(case) <= l2 / 2 else 2 * arrays
 
 
-def compulsory_bytes(case, verb, l2, l3):
+def compulsory_bytes(case, verb, l2):
     """Return the bytes `verb` must move: its reads and the one array that it writes."""
-    return (compulsory_reads(case, verb, l2, l3) + 1) * case.nbytes
+    return (compulsory_reads(case, verb, l2) + 1) * case.nbytes
 
 
-def limit_seconds(reads, streaming):
+def limit_seconds(verb, reads, streaming):
     """Return the time the machine needs to stream `reads` arrays in and one out.
 
-    One of the reads is paired with the write: that is what the copy measures.
+    What is streamed are as many arrays as `verb` has: the last pass over them is paired with
+    the write, any before only reads.
     """
-    return (reads - 1) * streaming["read"] + streaming["copy"]
+    read, write = STREAMED[verb]
+    return (reads // ARRAYS[verb] - 1) * streaming[read] + streaming[write]

@@ -5,7 +5,7 @@ import statistics
 import tempfile
 from dataclasses import dataclass
 
-from cases import compulsory_reads
+from cases import ARRAYS, compulsory_reads
 from problem import create, save
 from worker import Absent, Worker
 
@@ -69,8 +69,7 @@ def measure(case, libraries, folder, plan):
 
 def record(case, threads, seconds, errors, machine):
     """Put one case's figures together as they go into the results."""
-    caches = machine["l2_bytes"], machine["l3_bytes"]
-    reads = {verb: compulsory_reads(case, verb, *caches) for verb in ("forward", "backward")}
+    reads = {verb: compulsory_reads(case, verb, machine["l2_bytes"]) for verb in ARRAYS}
     return {
         "case": case.name,
         "group": case.group,

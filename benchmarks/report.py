@@ -28,7 +28,7 @@ def fraction_of_limit(record, verb=None, library="bn_cy out="):
     """
     verbs = VERBS if verb is None else (verb,)
     streaming = record["seconds"]["streaming"]
-    limit = sum(limit_seconds(record["compulsory_reads"][v], streaming) for v in verbs)
+    limit = sum(limit_seconds(v, record["compulsory_reads"][v], streaming) for v in verbs)
     return limit / sum(record["seconds"][library][v] for v in verbs)
 
 

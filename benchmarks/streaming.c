@@ -59,7 +59,19 @@ float stream_read(const float *a, size_t n, int threads)
     return total;
 }
 
-/* b = a with stores that do not read b's lines first. */
+/* c = a + b with stores that do not read c's lines first. */
+void stream_add(const float *a, const float *b, float *c, size_t n, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int t = 0; t < threads; t++) {
+        const size_t end = LINE * (n * (t + 1) / threads);
+        for (size_t i = LINE * (n * t / threads); i < end; i += WIDTH)
+            STREAM(c + i, ADD(LOAD(a + i), LOAD(b + i)));
+        _mm_sfence();
+    }
+}
+
+/* b = a, likewise. */
 void stream_copy(const float *a, float *b, size_t n, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -32,7 +32,11 @@ def compile_streaming():
 
 
 class Streaming:
-    """Reads and copies an array of the case's size, in the same rounds as the libraries."""
+    """Streams arrays of the case's size, in the same rounds as the libraries.
+
+    read, copy: one array in, and one out: what a forward has.
+    read two, add: two arrays in, and their sum out: what a backward has.
+    """
 
     tolerance = None  # it computes nothing
 
@@ -40,23 +44,35 @@ class Streaming:
         library = compile_streaming()
         pointer, size = ctypes.c_void_p, ctypes.c_size_t
         self._read, self._copy = library.stream_read, library.stream_copy
+        self._add = library.stream_add
         self._read.argtypes = [pointer, size, ctypes.c_int]
         self._read.restype = ctypes.c_float
         self._copy.argtypes = [pointer, pointer, size, ctypes.c_int]
-        self._copy.restype = None
+        self._add.argtypes = [pointer, pointer, pointer, size, ctypes.c_int]
+        self._copy.restype = self._add.restype = None
         self.threads = threads
 
     def bind(self, problem):
         floats = -(-problem.case.nbytes // LINE) * (LINE // 4)
-        source = aligned_copy(np.ones(floats, np.float32))
-        target = aligned_empty(source.shape, source.dtype)
-        target[...] = 0
-        lines = source.nbytes // LINE
-        self._copy(source.ctypes.data, target.ctypes.data, lines, self.threads)
-        if not np.array_equal(source, target):
-            raise AssertionError("stream_copy did not copy")
-        # The arrays live as long as the closures that hold them.
-        return {
-            "read": lambda: self._read(source.ctypes.data, lines, self.threads),
-            "copy": lambda: self._copy(source.ctypes.data, target.ctypes.data, lines, self.threads),
+        first, second = (aligned_copy(np.full(floats, k, np.float32)) for k in (1, 2))
+        target = aligned_empty(first.shape, first.dtype)
+        a, b, c = (array.ctypes.data for array in (first, second, target))
+        lines = first.nbytes // LINE
+
+        def read_two():
+            self._read(a, lines, self.threads)
+            self._read(b, lines, self.threads)
+
+        verbs = {
+            "read": lambda: self._read(a, lines, self.threads),
+            "copy": lambda: self._copy(a, c, lines, self.threads),
+            "read two": read_two,
+            "add": lambda: self._add(a, b, c, lines, self.threads),
         }
+        self._arrays = first, second, target
+        for verb, expected in (("copy", 1), ("add", 3)):
+            target[...] = 0
+            verbs[verb]()
+            if not (target == expected).all():
+                raise AssertionError(f"{verb} did not write what it should")
+        return verbs

@@ -31,15 +31,14 @@ cdef extern from *:
     static int bn_cpu_level(void) { return 0; }
     #endif
 
-    /* The bytes of the last-level cache; 0 where the system does not tell. */
+    /* The bytes of the cache of a level; 0 where there is none or the system does not tell. */
     #if defined(__linux__)
     #include <unistd.h>
     #endif
-    static long bn_last_level_cache(void) {
+    static long bn_cache_bytes(int level) {
         long size = 0;
     #ifdef _SC_LEVEL3_CACHE_SIZE
-        size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-        if (size <= 0) size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+        size = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
     #endif
         return size > 0 ? size : 0;
     }
@@ -55,7 +54,7 @@ cdef extern from *:
     """
     int omp_get_max_threads() nogil
     int bn_cpu_level() nogil
-    long bn_last_level_cache() nogil
+    long bn_cache_bytes(int level) nogil
     bint HAS_OPENMP "BN_CY_HAS_OPENMP"
     const char *VARIANTS "BN_CY_VARIANTS"
 
@@ -73,6 +72,11 @@ def max_threads():
     return omp_get_max_threads()
 
 
+def own_cache():
+    """Return the bytes of a core's own second-level cache; 1 MB where the system does not tell."""
+    return bn_cache_bytes(2) or 1 << 20
+
+
 def last_level_cache():
     """Return the bytes of the last-level cache; 16 MB where the system does not tell."""
-    return bn_last_level_cache() or 16 << 20
+    return bn_cache_bytes(3) or bn_cache_bytes(2) or 16 << 20

@@ -17,11 +17,17 @@ cdef struct Shape:
     Py_ssize_t outer, features, inner
 
 
+cdef struct Resources:  # what a call may use; has no say in the bits of any result
+    int threads
+    Py_ssize_t cache  # bytes that a thread finds again in a second pass
+    bint far          # the arrays do not stay in any cache: results are written past it
+
+
 # Moments of x (without `measure`: those that statistics holds), then y unless it is NULL.
 # gamma and beta may be NULL.
 ctypedef int (*Forward)(
     void *y, double *statistics, const void *x, const void *gamma, const void *beta,
-    const Shape *shape, double eps, bint measure, bint streaming, int threads) noexcept nogil
+    const Shape *shape, double eps, bint measure, const Resources *use) noexcept nogil
 
 # sums: of dout, then of dout*xhat (without `measure`: those given); then dx, dgamma and dbeta
 # unless NULL. Frozen statistics do not depend on x: they are those of infinitely many values, count
@@ -29,7 +35,7 @@ ctypedef int (*Forward)(
 ctypedef int (*Backward)(
     void *dx, void *dgamma, void *dbeta, double *sums, double *statistics,
     const void *dout, const void *x,
-    const Shape *shape, double count, bint measure, bint streaming, int threads) noexcept nogil
+    const Shape *shape, double count, bint measure, const Resources *use) noexcept nogil
 
 
 cdef struct Kernels:  # one for float, one for double

@@ -25,7 +25,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from bn_cy._kernels cimport (
-    GAMMA, INVSTD, MEAN, REST, VAR, Backward, Forward, Kernels, Shape,
+    GAMMA, INVSTD, MEAN, REST, VAR, Backward, Forward, Kernels, Resources, Shape,
 )
 
 cdef extern from *:
@@ -113,7 +113,6 @@ cdef enum:
     CELLS = 64      # parts that a feature's rows are summed in, at the most
     CELL_ROWS = 64  # rows of such a part, at the least
     SHEET_ROWS = 1024  # rows of a sheet that is not cut between parts, at the most
-    CACHE = 512 * 1024  # bytes that a thread finds again in its own cache in a second pass
     SAMPLES = 8     # values of a feature that its shift is the mean of
     RESCUES = 4     # passes in double until a feature's shift is near its mean
 
@@ -228,11 +227,11 @@ cdef Grid plan(
 
 
 cdef Py_ssize_t block_features(
-    const Grid *g, Py_ssize_t itemsize,
+    const Grid *g, Py_ssize_t itemsize, Py_ssize_t cache,
 ) noexcept nogil:
     """Features that are walked together, at the most; has no say in the order of any sum."""
     if g.runs:
-        return max(<Py_ssize_t>1, min(<Py_ssize_t>RUNS, CACHE // (g.count * 2 * sizeof(double))))
+        return max(<Py_ssize_t>1, min(<Py_ssize_t>RUNS, cache // (g.count * 4 * sizeof(double))))
     if g.times > 1:
         return g.features
     return max(<Py_ssize_t>1, WIDTH * sizeof(float) // (itemsize * g.inner))
@@ -1207,6 +1206,7 @@ cdef struct Work:
     bint measure, write      # which of the passes are to be made
     int writing              # DIRECT, STREAMING or IN_PLACE
     int threads
+    Py_ssize_t cache
     bint by_cells
     bint far                 # the arrays do not stay in the cache
     Py_ssize_t unit, units, blocks  # features that end with a cache line, how many such, blocks
@@ -1218,28 +1218,28 @@ cdef struct Work:
 
 cdef Work share(
     const Shape *shape, double *statistics, Py_ssize_t itemsize, bint measure, bint write,
-    int writing, bint far, int threads,
+    int writing, const Resources *use,
 ) noexcept nogil:
     cdef Work w
     cdef Py_ssize_t size
     w.sums = plan(shape.outer, shape.features, shape.inner, False)
     w.writes = plan(shape.outer, shape.features, shape.inner, True)
-    w.measure, w.write, w.writing, w.far = measure, write, writing, far
-    w.threads = threads
+    w.measure, w.write, w.writing = measure, write, STREAMING if use.far else writing
+    w.threads, w.cache, w.far = use.threads, use.cache, use.far
     if w.sums.runs:
         w.by_cells = shape.features < w.threads
     else:
         w.by_cells = w.sums.times > 1 or w.sums.cells >= w.threads
     w.by_cells &= w.threads > 1 and w.sums.cells > 1
-    size = block_features(&w.sums, itemsize)
+    size = block_features(&w.sums, itemsize, w.cache)
     w.unit = 1 if w.sums.runs else min(line_multiple(shape.inner), size)
     if w.sums.times > 1:
         w.unit = size
     w.units = ceil_div(shape.features, w.unit)
     w.blocks = ceil_div(w.units, size // w.unit)
     if not w.by_cells:
-        w.blocks = min(round_up(w.blocks, threads), w.units)
-    w.slice = min(<Py_ssize_t>WIDTH, round_up(ceil_div(shape.features, threads), LINE))
+        w.blocks = min(round_up(w.blocks, w.threads), w.units)
+    w.slice = min(<Py_ssize_t>WIDTH, round_up(ceil_div(shape.features, w.threads), LINE))
     w.slices = ceil_div(shape.features, w.slice)
     w.statistics, w.parts, w.gradients = statistics, NULL, NULL
     return w
@@ -1256,15 +1256,15 @@ cdef inline Block slice_of(const Grid *g, const Work *w, Py_ssize_t i) noexcept 
 
 cdef inline bint fits_cache(const Block *b, const Work *w, Py_ssize_t itemsize) noexcept nogil:
     """Whether a thread finds a block in its cache a second time; `itemsize` of all that is read."""
-    return not w.by_cells and b.size * w.writes.count * itemsize <= CACHE
+    return not w.by_cells and b.size * w.writes.count * itemsize <= w.cache
 
 
 cdef inline Py_ssize_t ahead_of(
     const Block *b, const Work *w, Py_ssize_t i, Py_ssize_t itemsize,
 ) noexcept nogil:
     """From a value that is written past the cache to one that is to be fetched: of the thread's
-    next block, where blocks fit the cache, else of those that follow in memory."""
-    if fits_cache(b, w, itemsize):
+    next block, where the first pass has left this one in the cache, else further on in it."""
+    if w.measure and fits_cache(b, w, itemsize):
         return b.size * w.writes.inner if i + 1 < w.blocks else 0
     return AHEAD_WRITTEN
 
@@ -1439,12 +1439,10 @@ cdef int forward_by_cells(
 
 cdef int forward_of(
     floating *y, double *statistics, const floating *x, const floating *gamma, const floating *beta,
-    const Shape *shape, double eps, bint measure, bint streaming, int threads,
+    const Shape *shape, double eps, bint measure, const Resources *use,
 ) noexcept nogil:
-    cdef int writing = STREAMING if streaming else DIRECT
     cdef Work w = share(
-        shape, statistics, sizeof(floating), measure, y != NULL, writing, streaming,
-        threads)
+        shape, statistics, sizeof(floating), measure, y != NULL, DIRECT, use)
     cdef Py_ssize_t i
     if w.by_cells:
         return forward_by_cells(y, x, gamma, beta, eps, &w)
@@ -1576,12 +1574,11 @@ cdef int backward_by_cells(
 cdef int backward_of(
     floating *dx, floating *dgamma, floating *dbeta, double *sums, double *statistics,
     const floating *dout, const floating *x,
-    const Shape *shape, double count, bint measure, bint streaming, int threads,
+    const Shape *shape, double count, bint measure, const Resources *use,
 ) noexcept nogil:
-    cdef int writing = STREAMING if streaming else IN_PLACE if dx == dout else DIRECT
+    cdef int writing = IN_PLACE if dx == dout else DIRECT
     cdef Work w = share(
-        shape, statistics, sizeof(floating), measure, dx != NULL, writing, streaming,
-        threads)
+        shape, statistics, sizeof(floating), measure, dx != NULL, writing, use)
     cdef Py_ssize_t i
     w.gradients = sums
     if w.by_cells:

@@ -27,7 +27,7 @@ from libc.math cimport INFINITY, sqrt
 from libc.string cimport memcpy, memset
 
 from bn_cy._buffers cimport Block
-from bn_cy._kernels cimport GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR, Kernels
+from bn_cy._kernels cimport GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR, Kernels, Resources
 from bn_cy._layout cimport Batch, Memory, as_array, batch_of, hold, is_same, release
 
 __all__ = [
@@ -48,6 +48,9 @@ cdef enum:
 # level does not keep. One that is larger than FAR is shared with many.
 FAR = 80 << 20
 cdef Py_ssize_t streamed = min(4 * cpu.last_level_cache() // 3, FAR)
+
+# Bytes that a thread finds again: half of its cache, as code, output and parameters want room too.
+cdef Py_ssize_t kept = cpu.own_cache() // 2
 
 cdef Kernels *kernels = <Kernels *>PyCapsule_GetPointer(KERNELS, "bn_cy.Kernels")
 cdef object new_array = np.empty
@@ -441,13 +444,13 @@ cdef int launch_forward(
 ) except -1:
     cdef Batch batch = cache.batch
     cdef double *statistics = cache.statistics
-    cdef int threads = threads_for(batch)
+    cdef Resources use = resources_for(batch, 2)
     cdef int status
-    if threads == 0:
-        status = call_forward(batch, statistics, y, gamma, beta, eps, measure, 1)
+    if is_short(batch):
+        status = call_forward(batch, statistics, y, gamma, beta, eps, measure, &use)
     else:
         with nogil:
-            status = call_forward(batch, statistics, y, gamma, beta, eps, measure, threads)
+            status = call_forward(batch, statistics, y, gamma, beta, eps, measure, &use)
     if status:
         raise MemoryError
     return 0
@@ -463,13 +466,12 @@ def stream_from(Py_ssize_t size):
 
 cdef int call_forward(
     Batch batch, double *statistics, void *y, const void *gamma, const void *beta, double eps,
-    bint measure, int threads
+    bint measure, const Resources *use
 ) noexcept nogil:
     if batch.size == 0:
         return 0
     return kernels[batch.double_precision].forward(
-        y, statistics, batch.view.buf, gamma, beta, &batch.shape, eps,
-        measure, 2 * batch.nbytes >= streamed, threads)
+        y, statistics, batch.view.buf, gamma, beta, &batch.shape, eps, measure, use)
 
 
 cdef int launch_backward(
@@ -478,15 +480,15 @@ cdef int launch_backward(
     cdef Batch batch = cache.batch
     cdef double *statistics = cache.statistics
     cdef double count = cache.count
-    cdef int threads = threads_for(batch)
+    cdef Resources use = resources_for(batch, 3)
     cdef int status
-    if threads == 0:
+    if is_short(batch):
         status = call_backward(
-            batch, statistics, count, dx, dgamma, dbeta, sums, dout, measure, 1)
+            batch, statistics, count, dx, dgamma, dbeta, sums, dout, measure, &use)
     else:
         with nogil:
             status = call_backward(
-                batch, statistics, count, dx, dgamma, dbeta, sums, dout, measure, threads)
+                batch, statistics, count, dx, dgamma, dbeta, sums, dout, measure, &use)
     if status:
         raise MemoryError
     return 0
@@ -494,21 +496,32 @@ cdef int launch_backward(
 
 cdef int call_backward(
     Batch batch, double *statistics, double count, void *dx, void *dgamma, void *dbeta,
-    double *sums, const void *dout, bint measure, int threads
+    double *sums, const void *dout, bint measure, const Resources *use
 ) noexcept nogil:
     if batch.size == 0:
         return 0
     return kernels[batch.double_precision].backward(
         dx, dgamma, dbeta, sums, statistics, dout, batch.view.buf, &batch.shape,
-        count, measure, 3 * batch.nbytes >= streamed, threads)
+        count, measure, use)
 
 
-cdef int threads_for(Batch batch) except -1:
-    """How many threads to use; 0: one, and the call is over before the GIL could be given up."""
-    cdef Py_ssize_t useful = (batch.size + FEATURE * batch.shape.features) // GRAIN
-    if useful < 2:
-        return 0
-    return min(useful, <Py_ssize_t>get_num_threads())
+cdef inline Py_ssize_t useful_threads(Batch batch) noexcept:
+    return (batch.size + FEATURE * batch.shape.features) // GRAIN
+
+
+cdef inline bint is_short(Batch batch) noexcept:
+    """Whether a call is over before the GIL could be given up: it has one thread."""
+    return useful_threads(batch) < 2
+
+
+cdef Resources resources_for(Batch batch, int arrays) except *:
+    """What a call that works on `arrays` of the size of x may use."""
+    cdef Resources use
+    use.threads = 1 if is_short(batch) else min(
+        useful_threads(batch), <Py_ssize_t>get_num_threads())
+    use.cache = kept
+    use.far = arrays * batch.nbytes >= streamed
+    return use
 
 
 cdef delivered(result, out):
