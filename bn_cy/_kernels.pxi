@@ -11,10 +11,12 @@
 #   rows of features (inner == 1)     one sheet of `outer` rows, a feature is one column;
 #   the same with few features        several rows are read as one wide row (times > 1);
 #   small inner (7 x 7 images)        one sheet of `outer` rows, a feature is `inner` columns;
-#   large inner (56 x 56 images)      `outer` sheets, a run of `inner` values cut into rows
+#   large inner (28 x 28 images)      one sheet of `outer` rows, of each a run of `inner` values;
+#   few or very long runs             `outer` sheets, each run cut into rows
 #
 # So the leaf loops know nothing but columns, and the columns of a feature are folded at the end.
-# What is written by runs needs one column for each feature: its parameters stay in registers.
+# A run has LANES columns for sums, which are accumulators in registers, and one for writing, whose
+# parameters stay there.
 
 from cpython.pycapsule cimport PyCapsule_New
 from cython cimport floating
@@ -75,6 +77,13 @@ cdef extern from *:
     #endif
     }
 
+    /* Before a caller whose code is SSE's: dirty upper halves of the vector registers slow it. */
+    static inline void bn_clear_vectors(void) {
+    #if defined(__AVX__)
+        _mm256_zeroupper();
+    #endif
+    }
+
     static inline void bn_stream_end(void) {
     #if defined(__x86_64__) || defined(_M_X64)
         _mm_sfence();
@@ -83,6 +92,7 @@ cdef extern from *:
     """
     void stream "bn_stream"(void *target, const void *source, size_t size) noexcept nogil
     void end_streaming "bn_stream_end"() noexcept nogil
+    void clear_vectors "bn_clear_vectors"() noexcept nogil
     void fetch "bn_fetch"(const void *source, size_t size) noexcept nogil
     void *aligned "bn_aligned"(void *scratch) noexcept nogil
     const char *C_FLAGS "BN_CY_FLAGS"
@@ -94,14 +104,13 @@ ctypedef fused real:  # what a sum's terms are computed in: the data's type, or 
 cdef enum:
     NARROW = 128    # columns of a row that are enough for vectors
     WIDTH = 1024    # columns in a row of a block, at the most: bounds every scratch array
+    SLIM = 256      # the same where features have few values: what a feature needs itself is much
     MANY = 512      # rows that are left, at the least, where rows are merged beyond that
     LANES = 16      # sums that the columns of a run are added to
     STREAM = 2048   # values of the stretches that long runs are cut into for sums, at the most
     LONG = 8192     # values of a run from which it is
-    CELL_VALUES = 8192  # values of a feature in a cell, at the least, where runs are not cut
-    CHUNK = 1024    # values that it is cut into for writing
-    AHEAD = 512     # values from those of a run that are summed to those that are fetched
-    AHEAD_WRITTEN = 1024  # the same for writing
+    CHUNK = 1024    # values that a run is cut into for writing
+    AHEAD = 1024    # values from those that are written to those that are fetched, along memory
     STRETCH = 32    # columns of a group of rows that are fetched at a time
     BURST = 128     # columns between two writes past the cache: reads and writes overlap
     SHORT = 64      # values of a run, at the least, where there are few rows of features
@@ -112,6 +121,8 @@ cdef enum:
     FEW = 32        # values of a feature below which roundings do not average: all terms in double
     CELLS = 64      # parts that a feature's rows are summed in, at the most
     CELL_ROWS = 64  # rows of such a part, at the least
+    CELL_VALUES = 65536  # its values, at the least, of all features
+    CELL_RUN = 8192      # its values of one feature, at the least, where they are summed as runs
     SHEET_ROWS = 1024  # rows of a sheet that is not cut between parts, at the most
     SAMPLES = 8     # values of a feature that its shift is the mean of
     RESCUES = 4     # passes in double until a feature's shift is near its mean
@@ -202,24 +213,24 @@ cdef inline Py_ssize_t cell_count(Py_ssize_t rows, Py_ssize_t least) noexcept no
 cdef Grid plan(
     Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, bint writing,
 ) noexcept nogil:
-    """How an array of this shape is walked, for sums or for writing. Sums want a column a lane, and
-    wide rows; writing a run needs one column, so that runs pay sooner."""
+    """How an array of this shape is walked, for sums or for writing. Writing a run needs one column
+    instead of LANES, so that runs pay sooner."""
     cdef Grid g
-    cdef Py_ssize_t least = CELL_ROWS
+    cdef Py_ssize_t least, shortest = SHORT_WRITTEN if writing else SHORT
     g.outer, g.features, g.inner, g.count = outer, features, inner, outer * inner
     g.sheets, g.rows, g.stride, g.tail, g.times = 1, outer, features * inner, 0, 1
-    g.runs = inner > WIDTH // 2 or (outer < GROUP and inner >= (SHORT_WRITTEN if writing else SHORT))
+    g.runs = inner > WIDTH // 2 or (outer < GROUP and inner >= shortest)
     g.each = inner if not g.runs else 1 if writing else LANES
     if g.runs:
         g.stretch = inner
         if writing or outer < GROUP or inner >= LONG:
             g.stretch = g.stride = min(CHUNK, inner) if writing else stretch_of_run(inner)
             g.sheets, g.rows, g.tail = outer, inner // g.stretch, inner % g.stretch
-        least = max(<Py_ssize_t>GROUP, round_up(CELL_VALUES // g.stretch, GROUP))
+        least = max(<Py_ssize_t>GROUP, round_up(CELL_RUN // g.stretch, GROUP))
     else:
         g.times = merged_rows(outer, g.stride, WIDTH // 2 if writing else WIDTH)
         g.rows, g.tail, g.stride = outer // g.times, outer % g.times * g.stride, g.times * g.stride
-        least = max(<Py_ssize_t>CELL_ROWS, 65536 // g.stride)
+        least = max(<Py_ssize_t>CELL_ROWS, CELL_VALUES // g.stride)
     g.cell_rows = ceil_div(g.sheets * g.rows, cell_count(g.sheets * g.rows, least))
     g.cell_rows = round_up(g.cell_rows, g.rows if g.sheets > 1 and g.rows <= SHEET_ROWS else GROUP)
     g.cells = ceil_div(g.sheets * g.rows, g.cell_rows)
@@ -230,11 +241,13 @@ cdef Py_ssize_t block_features(
     const Grid *g, Py_ssize_t itemsize, Py_ssize_t cache,
 ) noexcept nogil:
     """Features that are walked together, at the most; has no say in the order of any sum."""
+    cdef Py_ssize_t width
     if g.runs:
         return max(<Py_ssize_t>1, min(<Py_ssize_t>RUNS, cache // (g.count * 4 * sizeof(double))))
     if g.times > 1:
         return g.features
-    return max(<Py_ssize_t>1, WIDTH * sizeof(float) // (itemsize * g.inner))
+    width = WIDTH if g.count >= FEW else SLIM
+    return max(<Py_ssize_t>1, width * sizeof(float) // (itemsize * g.inner))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1013,11 +1026,13 @@ cdef inline void find_lo(
 ) noexcept nogil:
     """What the means leave over when they are rounded to the data's type, as hi."""
     cdef const double *mean = s.mean
+    cdef const double *rest = s.rest
     cdef Py_ssize_t f
-    memcpy(lo, s.rest, size * sizeof(double))
     if single:
         for f in range(size):
-            lo[f] += mean[f] - <float>mean[f]
+            lo[f] = (mean[f] - <float>mean[f]) + rest[f]
+    else:
+        memcpy(lo, rest, size * sizeof(double))
 
 
 cdef void prepare_normalize(
@@ -1266,7 +1281,7 @@ cdef inline Py_ssize_t ahead_of(
     next block, where the first pass has left this one in the cache, else further on in it."""
     if w.measure and fits_cache(b, w, itemsize):
         return b.size * w.writes.inner if i + 1 < w.blocks else 0
-    return AHEAD_WRITTEN
+    return AHEAD
 
 
 cdef inline Py_ssize_t ahead_in(
@@ -1444,15 +1459,17 @@ cdef int forward_of(
     cdef Work w = share(
         shape, statistics, sizeof(floating), measure, y != NULL, DIRECT, use)
     cdef Py_ssize_t i
+    cdef int status = 0
     if w.by_cells:
-        return forward_by_cells(y, x, gamma, beta, eps, &w)
-    if w.threads == 1:  # no parallel region of one: it costs, and a forked child has no OpenMP
+        status = forward_by_cells(y, x, gamma, beta, eps, &w)
+    elif w.threads == 1:  # no parallel region of one: it costs, and a forked child has no OpenMP
         for i in range(w.blocks):
             forward_block(y, x, gamma, beta, eps, &w, i)
     else:
         for i in prange(w.blocks, num_threads=w.threads, schedule="static"):
             forward_block(y, x, gamma, beta, eps, &w, i)
-    return 0
+    clear_vectors()
+    return status
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1580,16 +1597,18 @@ cdef int backward_of(
     cdef Work w = share(
         shape, statistics, sizeof(floating), measure, dx != NULL, writing, use)
     cdef Py_ssize_t i
+    cdef int status = 0
     w.gradients = sums
     if w.by_cells:
-        return backward_by_cells(dx, dgamma, dbeta, dout, x, count, &w)
-    if w.threads == 1:
+        status = backward_by_cells(dx, dgamma, dbeta, dout, x, count, &w)
+    elif w.threads == 1:
         for i in range(w.blocks):
             backward_block(dx, dgamma, dbeta, dout, x, count, &w, i)
     else:
         for i in prange(w.blocks, num_threads=w.threads, schedule="static"):
             backward_block(dx, dgamma, dbeta, dout, x, count, &w, i)
-    return 0
+    clear_vectors()
+    return status
 
 
 # -------------------------------------------------------------------------------------------------
