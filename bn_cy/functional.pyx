@@ -43,10 +43,10 @@ __all__ = [
 cdef enum:
     GRAIN = 12_000  # values of work, a feature counting as FEATURE, that a thread has at the least
     FEATURE = 16
+    FAR = 80 << 20  # bytes that no last level keeps: a larger one is shared with many
 
 # Bytes of all the arrays of a call from which its output is written past the cache: what the last
-# level does not keep. One that is larger than FAR is shared with many.
-FAR = 80 << 20
+# level does not keep.
 cdef Py_ssize_t streamed = min(4 * cpu.last_level_cache() // 3, FAR)
 
 # Bytes that a thread finds again: half of its cache, as code, output and parameters want room too.
