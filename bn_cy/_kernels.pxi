@@ -192,6 +192,8 @@ cdef inline Py_ssize_t merged_rows(
     times = max(<Py_ssize_t>1, min(times, outer // GROUP))
     while 2 * times * width <= wide and outer // (2 * times) >= MANY:
         times *= 2
+    if times * width == WIDTH and times > 2:
+        times -= max(<Py_ssize_t>1, times // 8)
     return times
 
 
@@ -269,10 +271,14 @@ cdef inline Steps steps_of(Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s) noex
     return t
 
 
+cdef inline real four(real a, real b, real c, real d) noexcept nogil:
+    return (a + b) + (c + d)
+
+
 cdef inline real tree(
     real a, real b, real c, real d, real e, real f, real g, real h,
 ) noexcept nogil:
-    return ((a + b) + (c + d)) + ((e + f) + (g + h))
+    return four[real](a, b, c, d) + four[real](e, f, g, h)
 
 
 cdef inline real square(real a) noexcept nogil:
@@ -393,18 +399,33 @@ cdef inline void add_gradient(
     sum2[0] += product(dout, x, shift, scale)
 
 
+cdef inline real four_douts(const floating *dout, Py_ssize_t s, real like) noexcept nogil:
+    return four[real](dout[0], dout[s], dout[2*s], dout[3*s])
+
+
+cdef inline real four_products(
+    const floating *dout, const floating *x, Py_ssize_t s, real m, real v,
+) noexcept nogil:
+    return four[real](
+        product(dout[0], x[0], m, v), product(dout[s], x[s], m, v),
+        product(dout[2*s], x[2*s], m, v), product(dout[3*s], x[3*s], m, v))
+
+
 cdef inline void add_group_gradients(
     double *sum1, double *sum2, const floating *dout, const floating *x, Py_ssize_t s,
-    real m, real v,
+    const real *shift, const real *scale, Py_ssize_t width,
 ) noexcept nogil:
-    """The same of a group of eight rows, in one column."""
-    sum1[0] += tree[real](
-        dout[0], dout[s], dout[2*s], dout[3*s], dout[4*s], dout[5*s], dout[6*s], dout[7*s])
-    sum2[0] += tree[real](
-        product(dout[0], x[0], m, v), product(dout[s], x[s], m, v),
-        product(dout[2*s], x[2*s], m, v), product(dout[3*s], x[3*s], m, v),
-        product(dout[4*s], x[4*s], m, v), product(dout[5*s], x[5*s], m, v),
-        product(dout[6*s], x[6*s], m, v), product(dout[7*s], x[7*s], m, v))
+    """The same of a group of eight rows, in up to STRETCH columns. Four rows and then the others:
+    sixteen lines that are a multiple of 4 KB apart push each other out of L1."""
+    cdef real douts[STRETCH]
+    cdef real products[STRETCH]
+    cdef Py_ssize_t j, half = 4 * s
+    for j in range(width):
+        douts[j] = four_douts(dout + j, s, shift[j])
+        products[j] = four_products(dout + j, x + j, s, shift[j], scale[j])
+    for j in range(width):
+        sum1[j] += douts[j] + four_douts(dout + half + j, s, shift[j])
+        sum2[j] += products[j] + four_products(dout + half + j, x + half + j, s, shift[j], scale[j])
 
 
 cdef inline void add_gradients(
@@ -415,16 +436,19 @@ cdef inline void add_gradients(
     """The same of all rows, column by column."""
     cdef const real *shift = columns + CENTRE * pitch
     cdef const real *scale = columns + CENTRE_SCALE * pitch
-    cdef Py_ssize_t j, start, stop
+    cdef Py_ssize_t i, j, count
     while rows >= GROUP:
-        start = 0
-        while start < width:
-            stop = stretch_end(start, width, ahead)
-            fetch_rows(dout + start, stop - start, s, ahead)
-            fetch_rows(x + start, stop - start, s, ahead)
-            for j in range(start, stop):
-                add_group_gradients(sum1 + j, sum2 + j, dout + j, x + j, s, shift[j], scale[j])
-            start = stop
+        for i in range(ceil_div(width, STRETCH)):
+            j = i * STRETCH
+            count = min(<Py_ssize_t>STRETCH, width - j)
+            fetch_rows(dout + j, count, s, ahead)
+            fetch_rows(x + j, count, s, ahead)
+            if count == STRETCH:  # as a constant
+                add_group_gradients(
+                    sum1 + j, sum2 + j, dout + j, x + j, s, shift + j, scale + j, STRETCH)
+            else:
+                add_group_gradients(
+                    sum1 + j, sum2 + j, dout + j, x + j, s, shift + j, scale + j, count)
         dout += GROUP * s
         x += GROUP * s
         rows -= GROUP
@@ -434,6 +458,22 @@ cdef inline void add_gradients(
         dout += s
         x += s
         rows -= 1
+
+
+cdef inline void add_lane_gradients(
+    double *lanes1, double *lanes2, const floating *dout, const floating *x, Py_ssize_t s,
+    real m, real v, Py_ssize_t width,
+) noexcept nogil:
+    """Those of a group of eight rows of one feature, in up to LANES columns."""
+    cdef real douts[LANES]
+    cdef real products[LANES]
+    cdef Py_ssize_t j, half = 4 * s
+    for j in range(width):
+        douts[j] = four_douts(dout + j, s, m)
+        products[j] = four_products(dout + j, x + j, s, m, v)
+    for j in range(width):
+        lanes1[j] += douts[j] + four_douts(dout + half + j, s, m)
+        lanes2[j] += products[j] + four_products(dout + half + j, x + half + j, s, m, v)
 
 
 cdef inline void add_run_gradients(
@@ -447,17 +487,14 @@ cdef inline void add_run_gradients(
     cdef real m = columns[CENTRE * pitch], v = columns[CENTRE_SCALE * pitch]
     cdef Py_ssize_t j, k, group
     cdef Steps t = steps_of(rows, width, s)
+    cdef Py_ssize_t rest = width - t.ragged
     memcpy(lanes1, sum1, sizeof(lanes1))
     memcpy(lanes2, sum2, sizeof(lanes2))
     for group in range(t.groups):
         for k in range(t.steps):
-            for j in range(LANES):
-                add_group_gradients(
-                    lanes1 + j, lanes2 + j, dout + k * t.jump + j, x + k * t.jump + j, s, m, v)
-        for j in range(width - t.ragged, width):
-            add_group_gradients(
-                lanes1 + j + t.ragged - width, lanes2 + j + t.ragged - width, dout + j, x + j, s,
-                m, v)
+            add_lane_gradients(
+                lanes1, lanes2, dout + k * t.jump, x + k * t.jump, s, m, v, LANES)
+        add_lane_gradients(lanes1, lanes2, dout + rest, x + rest, s, m, v, t.ragged)
         dout += t.rows * s
         x += t.rows * s
     for group in range(rows - t.groups * t.rows):
@@ -465,9 +502,8 @@ cdef inline void add_run_gradients(
             for j in range(LANES):
                 add_gradient(
                     lanes1 + j, lanes2 + j, dout[k * LANES + j], x[k * LANES + j], m, v)
-        for j in range(width - t.ragged, width):
-            add_gradient(
-                lanes1 + j + t.ragged - width, lanes2 + j + t.ragged - width, dout[j], x[j], m, v)
+        for j in range(t.ragged):
+            add_gradient(lanes1 + j, lanes2 + j, dout[rest + j], x[rest + j], m, v)
         dout += s
         x += s
     memcpy(sum1, lanes1, sizeof(lanes1))
@@ -851,6 +887,8 @@ cdef void sample_shift(
     memset(reach, 0, size * sizeof(floating))
     for k in range(1, SAMPLES):
         row = first + k * g.outer // SAMPLES * g.features * inner + k * inner // SAMPLES
+        if row == first:  # of fewer values than samples
+            continue
         for f in range(size):
             step = row[f * inner] - first[f * inner]
             total[f] += step
@@ -909,9 +947,8 @@ cdef bint settle_block(
     for f in range(size):
         settle(mean + f, rest + f, var + f, sum1[f] * share, sum2[f] * share)
     for f in range(size):
-        delta = sum1[f] * share
-        suspect[f] = not (delta * delta <= far * var[f] and least <= var[f] <= 1e300)
-    for f in range(size):
+        delta = sum1[f] * share  # `&`, not `and`: no branches, so that it is vectorised
+        suspect[f] = not ((delta * delta <= far * var[f]) & (least <= var[f]) & (var[f] <= 1e300))
         doubt |= suspect[f]
     return doubt != 0
 

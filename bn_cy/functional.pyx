@@ -47,7 +47,7 @@ cdef enum:
 
 # Bytes of all the arrays of a call from which its output is written past the cache: what the last
 # level does not keep.
-cdef Py_ssize_t streamed = min(4 * cpu.last_level_cache() // 3, FAR)
+cdef Py_ssize_t streamed = min(3 * cpu.last_level_cache() // 4, FAR)
 
 # Bytes that a thread finds again: half of its cache, as code, output and parameters want room too.
 cdef Py_ssize_t kept = cpu.own_cache() // 2
