@@ -112,6 +112,8 @@ cdef enum:
     CHUNK = 1024    # values that a run is cut into for writing
     AHEAD = 1024    # values from those that are written to those that are fetched, along memory
     STRETCH = 32    # columns of a group of rows that are fetched at a time
+    PORTION = 128   # columns of a group of rows whose gradients are summed at a time
+    STEPS = 16      # the same of a run, in LANES
     BURST = 128     # columns between two writes past the cache: reads and writes overlap
     SHORT = 64      # values of a run, at the least, where there are few rows of features
     SHORT_WRITTEN = 32  # the same for writing
@@ -192,7 +194,7 @@ cdef inline Py_ssize_t merged_rows(
     times = max(<Py_ssize_t>1, min(times, outer // GROUP))
     while 2 * times * width <= wide and outer // (2 * times) >= MANY:
         times *= 2
-    if times * width == WIDTH and times > 2:
+    if times * width == WIDTH and times > 2:  # 4 KB of floats: all rows would share a set of L1
         times -= max(<Py_ssize_t>1, times // 8)
     return times
 
@@ -400,6 +402,7 @@ cdef inline void add_gradient(
 
 
 cdef inline real four_douts(const floating *dout, Py_ssize_t s, real like) noexcept nogil:
+    """In the type of `like`."""
     return four[real](dout[0], dout[s], dout[2*s], dout[3*s])
 
 
@@ -415,10 +418,10 @@ cdef inline void add_group_gradients(
     double *sum1, double *sum2, const floating *dout, const floating *x, Py_ssize_t s,
     const real *shift, const real *scale, Py_ssize_t width,
 ) noexcept nogil:
-    """The same of a group of eight rows, in up to STRETCH columns. Four rows and then the others:
+    """The same of a group of eight rows, in up to PORTION columns. Four rows and then the others:
     sixteen lines that are a multiple of 4 KB apart push each other out of L1."""
-    cdef real douts[STRETCH]
-    cdef real products[STRETCH]
+    cdef real douts[PORTION]
+    cdef real products[PORTION]
     cdef Py_ssize_t j, half = 4 * s
     for j in range(width):
         douts[j] = four_douts(dout + j, s, shift[j])
@@ -436,16 +439,16 @@ cdef inline void add_gradients(
     """The same of all rows, column by column."""
     cdef const real *shift = columns + CENTRE * pitch
     cdef const real *scale = columns + CENTRE_SCALE * pitch
-    cdef Py_ssize_t i, j, count
+    cdef Py_ssize_t i, j, count, portion = STRETCH if ahead else PORTION
     while rows >= GROUP:
-        for i in range(ceil_div(width, STRETCH)):
-            j = i * STRETCH
-            count = min(<Py_ssize_t>STRETCH, width - j)
+        for i in range(ceil_div(width, portion)):
+            j = i * portion
+            count = min(portion, width - j)
             fetch_rows(dout + j, count, s, ahead)
             fetch_rows(x + j, count, s, ahead)
-            if count == STRETCH:  # as a constant
+            if count == PORTION:  # as a constant
                 add_group_gradients(
-                    sum1 + j, sum2 + j, dout + j, x + j, s, shift + j, scale + j, STRETCH)
+                    sum1 + j, sum2 + j, dout + j, x + j, s, shift + j, scale + j, PORTION)
             else:
                 add_group_gradients(
                     sum1 + j, sum2 + j, dout + j, x + j, s, shift + j, scale + j, count)
@@ -462,18 +465,25 @@ cdef inline void add_gradients(
 
 cdef inline void add_lane_gradients(
     double *lanes1, double *lanes2, const floating *dout, const floating *x, Py_ssize_t s,
-    real m, real v, Py_ssize_t width,
+    real m, real v, Py_ssize_t steps, Py_ssize_t jump,
 ) noexcept nogil:
-    """Those of a group of eight rows of one feature, in up to LANES columns."""
-    cdef real douts[LANES]
-    cdef real products[LANES]
-    cdef Py_ssize_t j, half = 4 * s
-    for j in range(width):
-        douts[j] = four_douts(dout + j, s, m)
-        products[j] = four_products(dout + j, x + j, s, m, v)
-    for j in range(width):
-        lanes1[j] += douts[j] + four_douts(dout + half + j, s, m)
-        lanes2[j] += products[j] + four_products(dout + half + j, x + half + j, s, m, v)
+    """Those of a group of eight rows of one feature, up to STEPS steps of LANES columns. Here, too,
+    four rows and then the others: images are often a multiple of 4 KB apart."""
+    cdef real douts[STEPS * LANES]
+    cdef real products[STEPS * LANES]
+    cdef Py_ssize_t j, k, half = 4 * s
+    for k in range(steps):
+        for j in range(LANES):
+            douts[k * LANES + j] = four_douts(dout + k * jump + j, s, m)
+            products[k * LANES + j] = four_products(
+                dout + k * jump + j, x + k * jump + j, s, m, v)
+    dout += half
+    x += half
+    for k in range(steps):
+        for j in range(LANES):
+            lanes1[j] += douts[k * LANES + j] + four_douts(dout + k * jump + j, s, m)
+            lanes2[j] += products[k * LANES + j] + four_products(
+                dout + k * jump + j, x + k * jump + j, s, m, v)
 
 
 cdef inline void add_run_gradients(
@@ -484,17 +494,21 @@ cdef inline void add_run_gradients(
     """The same of all rows where all columns are of one feature: into LANES sums, in registers."""
     cdef double lanes1[LANES]
     cdef double lanes2[LANES]
-    cdef real m = columns[CENTRE * pitch], v = columns[CENTRE_SCALE * pitch]
-    cdef Py_ssize_t j, k, group
+    cdef const real *shift = columns + CENTRE * pitch
+    cdef const real *scale = columns + CENTRE_SCALE * pitch
+    cdef real m = shift[0], v = scale[0]
+    cdef Py_ssize_t i, j, k, group
     cdef Steps t = steps_of(rows, width, s)
-    cdef Py_ssize_t rest = width - t.ragged
+    cdef Py_ssize_t rest = width - t.ragged, at_once = 1 if width == LANES else STEPS
     memcpy(lanes1, sum1, sizeof(lanes1))
     memcpy(lanes2, sum2, sizeof(lanes2))
     for group in range(t.groups):
-        for k in range(t.steps):
+        for i in range(ceil_div(t.steps, at_once)):  # rows of a single step lie side by side
+            k = i * at_once
             add_lane_gradients(
-                lanes1, lanes2, dout + k * t.jump, x + k * t.jump, s, m, v, LANES)
-        add_lane_gradients(lanes1, lanes2, dout + rest, x + rest, s, m, v, t.ragged)
+                lanes1, lanes2, dout + k * t.jump, x + k * t.jump, s, m, v,
+                min(at_once, t.steps - k), t.jump)
+        add_group_gradients(lanes1, lanes2, dout + rest, x + rest, s, shift, scale, t.ragged)
         dout += t.rows * s
         x += t.rows * s
     for group in range(rows - t.groups * t.rows):
