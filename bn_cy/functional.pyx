@@ -46,7 +46,7 @@ cdef enum:
     FAR = 80 << 20  # bytes that no last level keeps: a larger one is shared with many
 
 # Bytes of all the arrays of a call from which its output is written past the cache: what the last
-# level does not keep.
+# level does not keep, as others have a share of it.
 cdef Py_ssize_t streamed = min(3 * cpu.last_level_cache() // 4, FAR)
 
 # Bytes that a thread finds again: half of its cache, as code, output and parameters want room too.
