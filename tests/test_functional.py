@@ -23,6 +23,7 @@ FEATURES = [1, 2, 7, 16, 37, 64, 130]
 ROWS = [2, 3, 8, 15, 33, 257, 5000]
 
 ROW_CASES = [((rows, features), 1) for features in FEATURES for rows in ROWS]
+ROW_CASES += [((2101, 256), 1)]  # three rows are read as one
 COLUMN_CASES = [((f, n), 0) for f in (1, 3, 37, 130) for n in (2, 15, 64, 5000)]
 IMAGE_CASES = [
     ((outer, features, side, side), 1)
