@@ -1,5 +1,7 @@
 """What the processor and OpenMP offer."""
 
+from pathlib import Path
+
 cdef extern from *:
     """
     #ifdef _OPENMP
@@ -31,7 +33,7 @@ cdef extern from *:
     static int bn_cpu_level(void) { return 0; }
     #endif
 
-    /* The bytes of the cache of a level; 0 where there is none or the system does not tell. */
+    /* The bytes of the cache of a level; 0 where there is none or the C library does not tell. */
     #if defined(__linux__)
     #include <unistd.h>
     #endif
@@ -60,6 +62,7 @@ cdef extern from *:
 
 OPENMP = bool(HAS_OPENMP)
 BUILT = VARIANTS.decode().split()
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def supported_levels():
@@ -72,11 +75,23 @@ def max_threads():
     return omp_get_max_threads()
 
 
+def cache_bytes(level, folder=CACHES):
+    """Return the bytes of the cache of a level; 0 where there is none or the system does not tell.
+
+    What Linux says in `folder` goes before the C library's word, which for AMD's processors is the
+    last level of a whole socket, of which a core sees a part.
+    """
+    for index in folder.glob("index*"):
+        if (index / "level").read_text().strip() == str(level):
+            return int((index / "size").read_text().strip().removesuffix("K")) << 10
+    return bn_cache_bytes(level)
+
+
 def own_cache():
     """Return the bytes of a core's own second-level cache; 1 MB where the system does not tell."""
-    return bn_cache_bytes(2) or 1 << 20
+    return cache_bytes(2) or 1 << 20
 
 
 def last_level_cache():
     """Return the bytes of the last-level cache; 16 MB where the system does not tell."""
-    return bn_cache_bytes(3) or bn_cache_bytes(2) or 16 << 20
+    return cache_bytes(3) or cache_bytes(2) or 16 << 20

@@ -46,10 +46,12 @@ cdef extern from *:
     #if defined(__x86_64__) || defined(_M_X64)
         char *to = (char *)target;
         const char *from = (const char *)source;
-        size_t head = (64 - ((uintptr_t)to & 63)) & 63;
-        if (head > bytes) head = bytes;
-        memcpy(to, from, head);
-        to += head; from += head; bytes -= head;
+        size_t head = -(uintptr_t)to & 63;
+        if (head) {
+            if (head > bytes) head = bytes;
+            memcpy(to, from, head);
+            to += head; from += head; bytes -= head;
+        }
         for (; bytes >= 64; bytes -= 64, to += 64, from += 64) {
     #if defined(__AVX512F__)
             _mm512_stream_ps((float *)to, _mm512_loadu_ps((const float *)from));
@@ -61,14 +63,15 @@ cdef extern from *:
                 _mm_stream_ps((float *)to + i, _mm_loadu_ps((const float *)from + i));
     #endif
         }
-        memcpy(to, from, bytes);
+        if (bytes) memcpy(to, from, bytes);
     #else
         memcpy(target, source, bytes);
     #endif
     }
 
-    /* Scratch that starts on a cache line: vectors across two lines load at half the speed. */
-    #define bn_aligned(scratch) ((void *)(((uintptr_t)(scratch) + 63) & ~(uintptr_t)63))
+    /* Scratch that starts on a cache line: vectors across two lines load at half the speed. By an
+       offset, so that the compiler still knows that nothing else can lie there. */
+    #define bn_aligned(scratch) ((void *)((char *)(scratch) + (-(uintptr_t)(scratch) & 63)))
 
     /* Ask for memory that is to be read soon, into the second-level cache. */
     static inline void bn_fetch(const void *source, size_t bytes) {
@@ -590,25 +593,52 @@ cdef inline void input_gradient_row(
                 dout[j], (x[j] - hi[j]) * invstd[j], mean_dout[j], mean_product[j], scale[j])
 
 
+cdef inline void normalize_burst(
+    floating *y, const floating *x, const floating *columns, Py_ssize_t pitch, Py_ssize_t width,
+    bint run, int writing, Py_ssize_t ahead,
+) noexcept nogil:
+    """Up to BURST values of a row, by a line of scratch."""
+    cdef floating storage[BURST + LINE]
+    cdef floating *line = <floating *>aligned(storage)
+    normalize_row(line, x, columns, pitch, width, run)
+    put(y, line, width, writing)
+    if ahead:
+        fetch(x + ahead, width * sizeof(floating))
+
+
 cdef inline void write_normalized(
     floating *y, const floating *x, const floating *columns, Py_ssize_t pitch,
     Py_ssize_t width, bint run, int writing, Py_ssize_t ahead,
 ) noexcept nogil:
     """Second pass of the forward, one row."""
-    cdef floating storage[SCRATCH]
-    cdef floating *line = <floating *>aligned(storage)
-    cdef Py_ssize_t start = 0, stop
+    cdef const floating *at = columns
+    cdef Py_ssize_t start = 0, count
     if writing == DIRECT:
         normalize_row(y, x, columns, pitch, width, run)
         return
     while start < width:
-        stop = burst_end(y, start, width)
-        normalize_row(
-            line, x + start, columns if run else columns + start, pitch, stop - start, run)
-        put(y + start, line, stop - start, writing)
-        if ahead:
-            fetch(x + ahead + start, (stop - start) * sizeof(floating))
-        start = stop
+        count = burst_end(y, start, width) - start
+        if not run:
+            at = columns + start
+        if count == BURST:  # as a constant
+            normalize_burst(y + start, x + start, at, pitch, BURST, run, writing, ahead)
+        else:
+            normalize_burst(y + start, x + start, at, pitch, count, run, writing, ahead)
+        start += count
+
+
+cdef inline void input_gradient_burst(
+    floating *dx, const floating *dout, const floating *x, const floating *columns,
+    Py_ssize_t pitch, Py_ssize_t width, bint run, int writing, Py_ssize_t ahead,
+) noexcept nogil:
+    """Up to BURST values of a row, by a line of scratch."""
+    cdef floating storage[BURST + LINE]
+    cdef floating *line = <floating *>aligned(storage)
+    input_gradient_row(line, dout, x, columns, pitch, width, run)
+    put(dx, line, width, writing)
+    if ahead:
+        fetch(x + ahead, width * sizeof(floating))
+        fetch(dout + ahead, width * sizeof(floating))
 
 
 cdef inline void write_input_gradient(
@@ -616,22 +646,22 @@ cdef inline void write_input_gradient(
     Py_ssize_t pitch, Py_ssize_t width, bint run, int writing, Py_ssize_t ahead,
 ) noexcept nogil:
     """Second pass of the backward, one row."""
-    cdef floating storage[SCRATCH]
-    cdef floating *line = <floating *>aligned(storage)
-    cdef Py_ssize_t start = 0, stop
+    cdef const floating *at = columns
+    cdef Py_ssize_t start = 0, count
     if writing == DIRECT:
         input_gradient_row(dx, dout, x, columns, pitch, width, run)
         return
     while start < width:
-        stop = burst_end(dx, start, width)
-        input_gradient_row(
-            line, dout + start, x + start, columns if run else columns + start, pitch,
-            stop - start, run)
-        put(dx + start, line, stop - start, writing)
-        if ahead:
-            fetch(x + ahead + start, (stop - start) * sizeof(floating))
-            fetch(dout + ahead + start, (stop - start) * sizeof(floating))
-        start = stop
+        count = burst_end(dx, start, width) - start
+        if not run:
+            at = columns + start
+        if count == BURST:  # as a constant
+            input_gradient_burst(
+                dx + start, dout + start, x + start, at, pitch, BURST, run, writing, ahead)
+        else:
+            input_gradient_burst(
+                dx + start, dout + start, x + start, at, pitch, count, run, writing, ahead)
+        start += count
 
 
 # -------------------------------------------------------------------------------------------------
