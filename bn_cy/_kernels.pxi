@@ -32,8 +32,9 @@ from bn_cy._kernels cimport (
 
 cdef extern from *:
     """
-    #include <string.h>
+    #include <float.h>
     #include <stdint.h>
+    #include <string.h>
     #ifndef BN_CY_FLAGS
     #define BN_CY_FLAGS ""
     #endif
@@ -99,6 +100,7 @@ cdef extern from *:
     void fetch "bn_fetch"(const void *source, size_t size) noexcept nogil
     void *aligned "bn_aligned"(void *scratch) noexcept nogil
     const char *C_FLAGS "BN_CY_FLAGS"
+    const double LARGEST "DBL_MAX"
 
 ctypedef fused real:  # what a sum's terms are computed in: the data's type, or double in a rescue
     float
@@ -683,20 +685,27 @@ cdef inline Block block_at(const Grid *g, Py_ssize_t start, Py_ssize_t size) noe
     return b
 
 
+cdef inline void expand(real *columns, const Grid *g, const Block *b) noexcept nogil:
+    """A value a feature, which the first columns hold, to a value a column."""
+    cdef Py_ssize_t t, f, e, size = b.size, each = g.each
+    cdef real value
+    if each > 1:
+        for f in range(size - 1, -1, -1):  # from the last, as those before it are still to be read
+            value = columns[f]
+            for e in range(each):
+                columns[f * each + e] = value
+    for t in range(1, g.times):
+        memcpy(columns + t * size * each, columns, size * each * sizeof(real))
+
+
 cdef inline void spread(
     real *columns, const double *values, const Grid *g, const Block *b,
 ) noexcept nogil:
-    """A value a feature to a value a column."""
-    cdef Py_ssize_t t, f, e, size = b.size, each = g.each
-    for t in range(g.times):
-        if each == 1:
-            for f in range(size):
-                columns[f] = <real>values[f]
-        else:
-            for f in range(size):
-                for e in range(each):
-                    columns[f * each + e] = <real>values[f]
-        columns += size * each
+    """The same of values in double."""
+    cdef Py_ssize_t f
+    for f in range(b.size):
+        columns[f] = <real>values[f]
+    expand(columns, g, b)
 
 
 cdef inline double fold_run(const double *columns, Py_ssize_t each) noexcept nogil:
@@ -725,6 +734,9 @@ cdef inline void fold(
         if each == 1:
             for f in range(size):
                 values[f] += columns[f]
+        elif each == LANES:  # as a constant
+            for f in range(size):
+                values[f] += fold_run(columns + f * LANES, LANES)
         else:
             for f in range(size):
                 values[f] += fold_run(columns + f * each, each)
@@ -927,18 +939,20 @@ cdef void sample_shift(
     cdef floating step
     cdef double *mean = s.mean
     cdef Py_ssize_t k, f, inner = g.inner, size = b.size
+    cdef Py_ssize_t samples = min(<Py_ssize_t>SAMPLES, g.count)
+    cdef double share = 1 / <double>samples
     memset(total, 0, size * sizeof(floating))
     memset(reach, 0, size * sizeof(floating))
-    for k in range(1, SAMPLES):
-        row = first + k * g.outer // SAMPLES * g.features * inner + k * inner // SAMPLES
-        if row == first:  # of fewer values than samples
+    for k in range(1, samples):
+        row = first + k * g.outer // samples * g.features * inner + k * inner // samples
+        if row == first:
             continue
         for f in range(size):
             step = row[f * inner] - first[f * inner]
             total[f] += step
             reach[f] = max(reach[f], <floating>fabs(step))
     for f in range(size):
-        mean[f] = first[f * inner] + <double>total[f] / SAMPLES
+        mean[f] = first[f * inner] + <double>total[f] * share
     if sizeof(floating) == 4:
         for f in range(size):
             mean[f] = <float>coarse(mean[f], reach[f])
@@ -1102,40 +1116,31 @@ cdef void describe(
             kept[f] = gamma[f]
 
 
-cdef inline void find_lo(
-    double *lo, const Statistics *s, bint single, Py_ssize_t size,
-) noexcept nogil:
-    """What the means leave over when they are rounded to the data's type, as hi."""
-    cdef const double *mean = s.mean
-    cdef const double *rest = s.rest
-    cdef Py_ssize_t f
-    if single:
-        for f in range(size):
-            lo[f] = (mean[f] - <float>mean[f]) + rest[f]
-    else:
-        memcpy(lo, rest, size * sizeof(double))
-
-
 cdef void prepare_normalize(
     floating *columns, const Statistics *s, const floating *beta, const Grid *g, const Block *b,
 ) noexcept nogil:
+    """Each parameter by a loop of its own: with more arrays GCC gives up making vectors."""
+    cdef const double *mean = s.mean
+    cdef const double *rest = s.rest
     cdef const double *gamma = s.gamma
     cdef const double *invstd = s.invstd
-    cdef double lo[WIDTH]
-    cdef double scale[WIDTH]
-    cdef double shift[WIDTH]
+    cdef floating *hi = columns + HI * b.pitch
+    cdef floating *scale = columns + SCALE * b.pitch
+    cdef floating *shift = columns + SHIFT * b.pitch
     cdef Py_ssize_t f, size = b.size
-    find_lo(lo, s, sizeof(floating) == 4, size)
     for f in range(size):
-        scale[f] = gamma[f] * invstd[f]
-        shift[f] = -lo[f] * scale[f]
-    if beta != NULL:
+        hi[f] = <floating>mean[f]
+        scale[f] = <floating>(gamma[f] * invstd[f])
+    if beta == NULL:
+        for f in range(size):
+            shift[f] = <floating>(-((mean[f] - hi[f]) + rest[f]) * (gamma[f] * invstd[f]))
+    else:
         beta += b.start
         for f in range(size):
-            shift[f] += beta[f]
-    spread(columns + HI * b.pitch, s.mean, g, b)
-    spread(columns + SCALE * b.pitch, scale, g, b)
-    spread(columns + SHIFT * b.pitch, shift, g, b)
+            shift[f] = <floating>(
+                -((mean[f] - hi[f]) + rest[f]) * (gamma[f] * invstd[f]) + beta[f])
+    for f in range(NORMALIZE):
+        expand(columns + f * b.pitch, g, b)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1223,12 +1228,14 @@ cdef void sum_gradients(
         add_sums(t, part, b.size)
 
 
-cdef inline bint overflowed(const double *sums, Py_ssize_t size) noexcept nogil:
+cdef inline bint overflowed(Sums t, Py_ssize_t size) noexcept nogil:
+    cdef const double *first = t.first
+    cdef const double *second = t.second
     cdef Py_ssize_t f
-    cdef bint found = False
+    cdef long long found = 0  # and `&`: as in `settle_block`
     for f in range(size):
-        found |= not isfinite(sums[f])
-    return found
+        found |= not ((fabs(first[f]) <= LARGEST) & (fabs(second[f]) <= LARGEST))
+    return found != 0
 
 
 cdef inline void replace_overflowed(
@@ -1250,7 +1257,7 @@ cdef void rescue_gradients(
     cdef Sums wide = sums_at(storage, WIDTH)
     cdef Grid r = single_rows(g)
     cdef Block of_rows = block_at(&r, b.start, b.size)
-    if not (overflowed(t.first, b.size) or overflowed(t.second, b.size)):
+    if not overflowed(t, b.size):
         return
     spread_centres(columns, centres, &r, &of_rows)
     sum_gradients(wide, dout, x, columns, &r, &of_rows)
@@ -1269,26 +1276,32 @@ cdef void store_gradient(floating *gradient, const double *sums, const Block *b)
 cdef void prepare_input_gradient(
     floating *columns, const Statistics *s, Sums t, double count, const Grid *g, const Block *b,
 ) noexcept nogil:
+    """Each parameter by a loop of its own, as in `prepare_normalize`."""
+    cdef const double *mean = s.mean
+    cdef const double *rest = s.rest
     cdef const double *gamma = s.gamma
     cdef const double *invstd = s.invstd
     cdef const double *sum_dout = t.first
     cdef const double *sum_product = t.second
+    cdef floating *hi = columns + HI * b.pitch
+    cdef floating *xhat_scale = columns + XHAT_SCALE * b.pitch
+    cdef floating *mean_product = columns + MEAN_PRODUCT * b.pitch
+    cdef floating *mean_dout = columns + MEAN_DOUT * b.pitch
+    cdef floating *scale = columns + DX_SCALE * b.pitch
     cdef double share = 1 / count
-    cdef double lo[WIDTH]
-    cdef double mean_product[WIDTH]
-    cdef double mean_dout[WIDTH]
-    cdef double scale[WIDTH]
     cdef Py_ssize_t f, size = b.size
-    find_lo(lo, s, sizeof(floating) == 4, size)
     for f in range(size):
-        mean_product[f] = sum_product[f] * share
-        mean_dout[f] = sum_dout[f] * share - lo[f] * invstd[f] * mean_product[f]
-        scale[f] = gamma[f] * invstd[f]
-    spread(columns + HI * b.pitch, s.mean, g, b)
-    spread(columns + XHAT_SCALE * b.pitch, s.invstd, g, b)
-    spread(columns + MEAN_PRODUCT * b.pitch, mean_product, g, b)
-    spread(columns + MEAN_DOUT * b.pitch, mean_dout, g, b)
-    spread(columns + DX_SCALE * b.pitch, scale, g, b)
+        hi[f] = <floating>mean[f]
+        xhat_scale[f] = <floating>invstd[f]
+    for f in range(size):
+        mean_product[f] = <floating>(sum_product[f] * share)
+        scale[f] = <floating>(gamma[f] * invstd[f])
+    for f in range(size):
+        mean_dout[f] = <floating>(
+            sum_dout[f] * share
+            - ((mean[f] - hi[f]) + rest[f]) * invstd[f] * (sum_product[f] * share))
+    for f in range(PARAMETERS):
+        expand(columns + f * b.pitch, g, b)
 
 
 # -------------------------------------------------------------------------------------------------
