@@ -116,8 +116,7 @@ cdef enum:
     LONG = 8192     # values of a run from which it is
     CHUNK = 1024    # values that a run is cut into for writing
     AHEAD = 1024    # values from those that are written to those that are fetched, along memory
-    STRETCH = 32    # columns of a group of rows that are fetched at a time
-    PORTION = 128   # columns of a group of rows whose gradients are summed at a time
+    PORTION = 128   # columns of a group of rows that are fetched and summed at a time
     STEPS = 16      # the same of a run, in LANES
     BURST = 128     # columns between two writes past the cache: reads and writes overlap
     SHORT = 64      # values of a run, at the least, where there are few rows of features
@@ -292,18 +291,10 @@ cdef inline real square(real a) noexcept nogil:
     return a * a
 
 
-cdef inline Py_ssize_t stretch_end(
-    Py_ssize_t start, Py_ssize_t width, Py_ssize_t ahead,
-) noexcept nogil:
-    """Where the columns end that are summed between two calls of `fetch_rows`."""
-    return min(start + STRETCH, width) if ahead else width
-
-
 cdef inline void fetch_rows(
     const floating *x, Py_ssize_t width, Py_ssize_t s, Py_ssize_t ahead,
 ) noexcept nogil:
-    """Ask for what lies `ahead` of some columns of a group of rows, in portions that the processor
-    has room for."""
+    """Ask for what lies `ahead` of some columns of a group of rows."""
     cdef int row
     if ahead:
         for row in range(GROUP):
@@ -333,21 +324,32 @@ cdef inline void add_group_deviations(
         square[real](x[6*s] - c), square[real](x[7*s] - c))
 
 
+cdef inline void add_portion_deviations(
+    double *sum1, double *sum2, const floating *x, Py_ssize_t s, const real *shift,
+    Py_ssize_t width,
+) noexcept nogil:
+    """In up to PORTION columns."""
+    cdef Py_ssize_t j
+    for j in range(width):
+        add_group_deviations(sum1 + j, sum2 + j, x + j, s, shift[j])
+
+
 cdef inline void add_deviations(
     double *sum1, double *sum2,
     const floating *x, const real *shift,
     Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s, Py_ssize_t ahead,
 ) noexcept nogil:
     """The same of all rows, column by column."""
-    cdef Py_ssize_t j, start, stop
+    cdef Py_ssize_t i, j, count
     while rows >= GROUP:
-        start = 0
-        while start < width:
-            stop = stretch_end(start, width, ahead)
-            fetch_rows(x + start, stop - start, s, ahead)
-            for j in range(start, stop):
-                add_group_deviations(sum1 + j, sum2 + j, x + j, s, shift[j])
-            start = stop
+        for i in range(ceil_div(width, PORTION)):
+            j = i * PORTION
+            count = min(<Py_ssize_t>PORTION, width - j)
+            fetch_rows(x + j, count, s, ahead)
+            if count == PORTION:  # as a constant
+                add_portion_deviations(sum1 + j, sum2 + j, x + j, s, shift + j, PORTION)
+            else:
+                add_portion_deviations(sum1 + j, sum2 + j, x + j, s, shift + j, count)
         x += GROUP * s
         rows -= GROUP
     while rows > 0:
@@ -444,11 +446,11 @@ cdef inline void add_gradients(
     """The same of all rows, column by column."""
     cdef const real *shift = columns + CENTRE * pitch
     cdef const real *scale = columns + CENTRE_SCALE * pitch
-    cdef Py_ssize_t i, j, count, portion = STRETCH if ahead else PORTION
+    cdef Py_ssize_t i, j, count
     while rows >= GROUP:
-        for i in range(ceil_div(width, portion)):
-            j = i * portion
-            count = min(portion, width - j)
+        for i in range(ceil_div(width, PORTION)):
+            j = i * PORTION
+            count = min(<Py_ssize_t>PORTION, width - j)
             fetch_rows(dout + j, count, s, ahead)
             fetch_rows(x + j, count, s, ahead)
             if count == PORTION:  # as a constant
