@@ -501,14 +501,16 @@ cdef inline void add_run_gradients(
     """The same of all rows where all columns are of one feature: into LANES sums, in registers."""
     cdef double lanes1[LANES]
     cdef double lanes2[LANES]
-    cdef const real *shift = columns + CENTRE * pitch
-    cdef const real *scale = columns + CENTRE_SCALE * pitch
-    cdef real m = shift[0], v = scale[0]
+    cdef real shift[LANES]
+    cdef real scale[LANES]
+    cdef real m = columns[CENTRE * pitch], v = columns[CENTRE_SCALE * pitch]
     cdef Py_ssize_t i, j, k, group
     cdef Steps t = steps_of(rows, width, s)
     cdef Py_ssize_t rest = width - t.ragged, at_once = 1 if width == LANES else STEPS
     memcpy(lanes1, sum1, sizeof(lanes1))
     memcpy(lanes2, sum2, sizeof(lanes2))
+    for j in range(LANES):
+        shift[j], scale[j] = m, v
     for group in range(t.groups):
         for i in range(ceil_div(t.steps, at_once)):  # rows of a single step lie side by side
             k = i * at_once
@@ -691,6 +693,8 @@ cdef inline void expand(real *columns, const Grid *g, const Block *b) noexcept n
     """A value a feature, which the first columns hold, to a value a column."""
     cdef Py_ssize_t t, f, e, size = b.size, each = g.each
     cdef real value
+    if g.runs:  # a part of a block is one feature
+        return
     if each > 1:
         for f in range(size - 1, -1, -1):  # from the last, as those before it are still to be read
             value = columns[f]
@@ -736,9 +740,6 @@ cdef inline void fold(
         if each == 1:
             for f in range(size):
                 values[f] += columns[f]
-        elif each == LANES:  # as a constant
-            for f in range(size):
-                values[f] += fold_run(columns + f * LANES, LANES)
         else:
             for f in range(size):
                 values[f] += fold_run(columns + f * each, each)
@@ -832,7 +833,7 @@ cdef void deviations_of_cell(
     cdef Piece p = cell_at(g, b, cell)
     while advance(&p, g, b):
         sum1, sum2 = columns.first + p.column, columns.second + p.column
-        at, c = x + p.offset, shift + p.column
+        at, c = x + p.offset, shift + p.part
         if g.runs:
             if g.stride == LANES:  # as a constant: 15 % in runs of 256 values
                 add_run_deviations(sum1, sum2, at, c[0], p.rows, LANES, LANES)
@@ -859,7 +860,7 @@ cdef void gradients_of_cell(
     cdef Piece p = cell_at(g, b, cell)
     while advance(&p, g, b):
         sum1, sum2 = of_columns.first + p.column, of_columns.second + p.column
-        at, end, c = p.offset, p.offset + p.rows * g.stride, columns + p.column
+        at, end, c = p.offset, p.offset + p.rows * g.stride, columns + p.part
         if g.runs:
             if g.stride == LANES:
                 add_run_gradients(
@@ -887,10 +888,10 @@ cdef void normalize_cell(
         at = p.offset
         for r in range(p.rows):
             write_normalized(
-                y + at, x + at, columns + p.column, b.pitch, p.width, g.runs, writing, b.ahead)
+                y + at, x + at, columns + p.part, b.pitch, p.width, g.runs, writing, b.ahead)
             at += g.stride
         write_normalized(
-            y + at, x + at, columns + p.column, b.pitch, p.tail, g.runs, writing, b.ahead)
+            y + at, x + at, columns + p.part, b.pitch, p.tail, g.runs, writing, b.ahead)
 
 
 cdef void input_gradient_cell(
@@ -903,11 +904,11 @@ cdef void input_gradient_cell(
         at = p.offset
         for r in range(p.rows):
             write_input_gradient(
-                dx + at, dout + at, x + at, columns + p.column, b.pitch, p.width, g.runs,
+                dx + at, dout + at, x + at, columns + p.part, b.pitch, p.width, g.runs,
                 writing, b.ahead)
             at += g.stride
         write_input_gradient(
-            dx + at, dout + at, x + at, columns + p.column, b.pitch, p.tail, g.runs,
+            dx + at, dout + at, x + at, columns + p.part, b.pitch, p.tail, g.runs,
             writing, b.ahead)
 
 
