@@ -1,5 +1,6 @@
 """What the processor and OpenMP offer."""
 
+import contextlib
 from pathlib import Path
 
 cdef extern from *:
@@ -82,8 +83,9 @@ def cache_bytes(level, folder=CACHES):
     last level of a whole socket, of which a core sees a part.
     """
     for index in folder.glob("index*"):
-        if (index / "level").read_text().strip() == str(level):
-            return int((index / "size").read_text().strip().removesuffix("K")) << 10
+        with contextlib.suppress(OSError, ValueError):  # not all systems have all the files
+            if int((index / "level").read_text()) == level:
+                return int((index / "size").read_text().strip().removesuffix("K")) << 10
     return bn_cache_bytes(level)
 
 
