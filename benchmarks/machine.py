@@ -1,4 +1,8 @@
-"""What the benchmark ran on: processor, caches and versions."""
+"""What the benchmark ran on: processor, caches and versions.
+
+Nothing of bn_cy is imported here: the peers' processes read this module, too, and would get its
+settings of the OpenMP runtime.
+"""
 
 import contextlib
 import importlib.metadata

@@ -509,7 +509,7 @@ cdef inline void add_run_gradients(
     cdef Py_ssize_t rest = width - t.ragged, at_once = 1 if width == LANES else STEPS
     memcpy(lanes1, sum1, sizeof(lanes1))
     memcpy(lanes2, sum2, sizeof(lanes2))
-    for j in range(LANES):
+    for j in range(LANES):  # as columns, for those that are ragged
         shift[j], scale[j] = m, v
     for group in range(t.groups):
         for i in range(ceil_div(t.steps, at_once)):  # rows of a single step lie side by side
@@ -948,7 +948,7 @@ cdef void sample_shift(
     memset(reach, 0, size * sizeof(floating))
     for k in range(1, samples):
         row = first + k * g.outer // samples * g.features * inner + k * inner // samples
-        if row == first:
+        if row == first:  # nothing new; without this GCC makes no vectors of the loop below
             continue
         for f in range(size):
             step = row[f * inner] - first[f * inner]
