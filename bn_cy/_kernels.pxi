@@ -15,8 +15,8 @@
 #   few or very long runs             `outer` sheets, each run cut into rows
 #
 # So the leaf loops know nothing but columns, and the columns of a feature are folded at the end.
-# A run has LANES columns for sums, which are accumulators in registers, and one for writing, whose
-# parameters stay there.
+# A run has a single column: its values are added to LANES sums in registers, which are folded when
+# it ends, and written with the parameters in registers.
 
 from cpython.pycapsule cimport PyCapsule_New
 from cython cimport floating
@@ -111,7 +111,7 @@ cdef enum:
     WIDTH = 1024    # columns in a row of a block, at the most: bounds every scratch array
     SLIM = 256      # the same where features have few values: what a feature needs itself is much
     MANY = 512      # rows that are left, at the least, where rows are merged beyond that
-    LANES = 16      # sums that the columns of a run are added to
+    LANES = 16      # sums that the values of a run are added to
     STREAM = 2048   # values of the stretches that long runs are cut into for sums, at the most
     LONG = 8192     # values of a run from which it is
     CHUNK = 1024    # values that a run is cut into for writing
@@ -119,10 +119,9 @@ cdef enum:
     PORTION = 128   # columns of a group of rows that are fetched and summed at a time
     STEPS = 16      # the same of a run, in LANES
     BURST = 128     # columns between two writes past the cache: reads and writes overlap
-    SHORT = 64      # values of a run, at the least, where there are few rows of features
-    SHORT_WRITTEN = 32  # the same for writing
-    RUNS = 8        # features of a block of runs, where they are short: their work is vectorised
+    RUNS = 64       # features of a block of runs, where they are short: their work is vectorised
     GROUP = 8       # rows that are added up in the data's type before they go to double
+    STRETCH = 128   # values of a single row of a run that are: GROUP * LANES
     LINE = 16       # floats of a cache line
     FEW = 32        # values of a feature below which roundings do not average: all terms in double
     CELLS = 64      # parts that a feature's rows are summed in, at the most
@@ -207,7 +206,7 @@ cdef inline Py_ssize_t stretch_of_run(Py_ssize_t inner) noexcept nogil:
     """The stretches that a run is cut into for sums. A long one is read as eight streams: whole
     groups of long stretches, whose distance spreads them over the sets of the cache."""
     cdef Py_ssize_t rows = round_up(ceil_div(inner, STREAM), GROUP)
-    return (inner // rows // LANES - 1 | 1) * LANES if inner >= LONG else LANES
+    return (inner // rows // LANES - 1 | 1) * LANES
 
 
 cdef inline Py_ssize_t cell_count(Py_ssize_t rows, Py_ssize_t least) noexcept nogil:
@@ -221,17 +220,18 @@ cdef inline Py_ssize_t cell_count(Py_ssize_t rows, Py_ssize_t least) noexcept no
 cdef Grid plan(
     Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, bint writing,
 ) noexcept nogil:
-    """How an array of this shape is walked, for sums or for writing. Writing a run needs one column
-    instead of LANES, so that runs pay sooner."""
+    """How an array of this shape is walked, for sums or for writing. The more rows there are, the
+    longer must runs be: columns fold all rows at once. Writing folds nothing, so that runs pay
+    sooner, and what is summed as runs is written as runs."""
     cdef Grid g
-    cdef Py_ssize_t least, shortest = SHORT_WRITTEN if writing else SHORT
+    cdef Py_ssize_t least, shortest = LANES * min(outer, <Py_ssize_t>(2 if writing else 4))
     g.outer, g.features, g.inner, g.count = outer, features, inner, outer * inner
     g.sheets, g.rows, g.stride, g.tail, g.times = 1, outer, features * inner, 0, 1
     g.runs = inner > WIDTH // 2 or (outer < GROUP and inner >= shortest)
-    g.each = inner if not g.runs else 1 if writing else LANES
+    g.each = 1 if g.runs else inner
     if g.runs:
         g.stretch = inner
-        if writing or outer < GROUP or inner >= LONG:
+        if writing or inner >= LONG:
             g.stretch = g.stride = min(CHUNK, inner) if writing else stretch_of_run(inner)
             g.sheets, g.rows, g.tail = outer, inner // g.stretch, inner % g.stretch
         least = max(<Py_ssize_t>GROUP, round_up(CELL_RUN // g.stretch, GROUP))
@@ -260,22 +260,6 @@ cdef Py_ssize_t block_features(
 
 # -------------------------------------------------------------------------------------------------
 # Leaves: one pass over rows of columns; `s` is from row to row of x and its like
-
-cdef struct Steps:  # how groups of rows of one feature are walked, LANES columns a step
-    Py_ssize_t groups, rows, steps, jump
-    Py_ssize_t ragged  # columns that are left over
-
-
-cdef inline Steps steps_of(Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s) noexcept nogil:
-    """Along the rows of each group; from group to group, if their rows are a single step."""
-    cdef Steps t
-    t.ragged = width % LANES
-    if width == LANES:
-        t.groups, t.rows, t.steps, t.jump = 1, rows // GROUP * GROUP, rows // GROUP, GROUP * s
-    else:
-        t.groups, t.rows, t.steps, t.jump = rows // GROUP, GROUP, width // LANES, LANES
-    return t
-
 
 cdef inline real four(real a, real b, real c, real d) noexcept nogil:
     return (a + b) + (c + d)
@@ -324,6 +308,16 @@ cdef inline void add_group_deviations(
         square[real](x[6*s] - c), square[real](x[7*s] - c))
 
 
+cdef inline void add_half_deviations(
+    double *sum1, double *sum2, const floating *x, Py_ssize_t s, real c,
+) noexcept nogil:
+    """The same of four rows."""
+    sum1[0] += four[real](x[0] - c, x[s] - c, x[2*s] - c, x[3*s] - c)
+    sum2[0] += four[real](
+        square[real](x[0] - c), square[real](x[s] - c),
+        square[real](x[2*s] - c), square[real](x[3*s] - c))
+
+
 cdef inline void add_portion_deviations(
     double *sum1, double *sum2, const floating *x, Py_ssize_t s, const real *shift,
     Py_ssize_t width,
@@ -352,6 +346,11 @@ cdef inline void add_deviations(
                 add_portion_deviations(sum1 + j, sum2 + j, x + j, s, shift + j, count)
         x += GROUP * s
         rows -= GROUP
+    if rows >= GROUP // 2:
+        for j in range(width):
+            add_half_deviations(sum1 + j, sum2 + j, x + j, s, shift[j])
+        x += GROUP // 2 * s
+        rows -= GROUP // 2
     while rows > 0:
         for j in range(width):
             add_deviation(sum1 + j, sum2 + j, x[j], shift[j])
@@ -359,33 +358,100 @@ cdef inline void add_deviations(
         rows -= 1
 
 
+cdef double[LANES] ZEROS  # copied, as GCC makes a slow `rep stos` of such a memset
+
+
+cdef inline double fold_lanes(const real *lanes) noexcept nogil:
+    cdef double lane[8]
+    cdef Py_ssize_t k
+    for k in range(8):
+        lane[k] = <double>lanes[k] + lanes[k + 8]
+    return tree[double](
+        lane[0], lane[1], lane[2], lane[3], lane[4], lane[5], lane[6], lane[7])
+
+
+cdef inline void add_rest_deviations(
+    double *sum1, double *sum2, const floating *x, const floating *stop, real shift,
+) noexcept nogil:
+    """The same of fewer than STRETCH values of one feature, in the data's type: steps of LANES, and
+    the last LANES before `stop`, without those that come before x or are in these steps."""
+    cdef real lanes1[LANES]
+    cdef real lanes2[LANES]
+    cdef real d, total1, total2
+    cdef Py_ssize_t k, steps = (stop - x) // LANES
+    cdef int j, first = LANES - (stop - x) % LANES
+    for j in range(LANES):
+        d = stop[j - LANES] - shift
+        d = d if j >= first else 0
+        lanes1[j], lanes2[j] = d, square[real](d)
+    if steps > 0:  # without it GCC makes no vectors
+        for j in range(LANES):
+            total1, total2 = lanes1[j], lanes2[j]
+            for k in range(steps):
+                d = x[k * LANES + j] - shift
+                total1 += d
+                total2 += square[real](d)
+            lanes1[j], lanes2[j] = total1, total2
+    sum1[0] += fold_lanes(lanes1)
+    sum2[0] += fold_lanes(lanes2)
+
+
+cdef inline void add_row_deviations(
+    double *sum1, double *sum2, const floating *x, real shift, Py_ssize_t width,
+) noexcept nogil:
+    """The same of a single row of one feature: groups of eight steps of LANES, and what is left."""
+    cdef double lanes1[LANES]
+    cdef double lanes2[LANES]
+    cdef const floating *stop = x + width
+    cdef Py_ssize_t j, k, groups = width // STRETCH
+    if width < LANES:
+        for j in range(width):
+            add_deviation(sum1, sum2, x[j], shift)
+        return
+    if groups > 0:
+        memcpy(lanes1, ZEROS, sizeof(lanes1))
+        memcpy(lanes2, ZEROS, sizeof(lanes2))
+        for k in range(groups):
+            for j in range(LANES):
+                add_group_deviations(lanes1 + j, lanes2 + j, x + j, LANES, shift)
+            x += STRETCH
+        sum1[0] += fold_lanes(lanes1)
+        sum2[0] += fold_lanes(lanes2)
+    if x < stop:
+        add_rest_deviations(sum1, sum2, x, stop, shift)
+
+
+cdef inline void add_image_deviations(
+    double *sum1, double *sum2,
+    const floating *x, real shift, Py_ssize_t groups, Py_ssize_t width, Py_ssize_t s,
+) noexcept nogil:
+    """The same of groups of eight rows of one feature: in LANES sums, in registers."""
+    cdef double lanes1[LANES]
+    cdef double lanes2[LANES]
+    cdef Py_ssize_t j, k, group, ragged = width % LANES
+    memcpy(lanes1, ZEROS, sizeof(lanes1))
+    memcpy(lanes2, ZEROS, sizeof(lanes2))
+    for group in range(groups):
+        for k in range(width // LANES):
+            for j in range(LANES):
+                add_group_deviations(lanes1 + j, lanes2 + j, x + k * LANES + j, s, shift)
+        for j in range(ragged):
+            add_group_deviations(lanes1 + j, lanes2 + j, x + width - ragged + j, s, shift)
+        x += GROUP * s
+    sum1[0] += fold_lanes(lanes1)
+    sum2[0] += fold_lanes(lanes2)
+
+
 cdef inline void add_run_deviations(
     double *sum1, double *sum2,
     const floating *x, real shift, Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s,
 ) noexcept nogil:
-    """The same of all rows where all columns are of one feature: into LANES sums, in registers."""
-    cdef double lanes1[LANES]
-    cdef double lanes2[LANES]
-    cdef Py_ssize_t j, k, group
-    cdef Steps t = steps_of(rows, width, s)
-    memcpy(lanes1, sum1, sizeof(lanes1))
-    memcpy(lanes2, sum2, sizeof(lanes2))
-    for group in range(t.groups):
-        for k in range(t.steps):
-            for j in range(LANES):
-                add_group_deviations(lanes1 + j, lanes2 + j, x + k * t.jump + j, s, shift)
-        for j in range(t.ragged):
-            add_group_deviations(lanes1 + j, lanes2 + j, x + width - t.ragged + j, s, shift)
-        x += t.rows * s
-    for group in range(rows - t.groups * t.rows):
-        for k in range(width // LANES):
-            for j in range(LANES):
-                add_deviation(lanes1 + j, lanes2 + j, x[k * LANES + j], shift)
-        for j in range(t.ragged):
-            add_deviation(lanes1 + j, lanes2 + j, x[width - t.ragged + j], shift)
-        x += s
-    memcpy(sum1, lanes1, sizeof(lanes1))
-    memcpy(sum2, lanes2, sizeof(lanes2))
+    """The same of all rows where all columns are of one feature."""
+    cdef Py_ssize_t row, groups = rows // GROUP
+    if groups > 0:
+        add_image_deviations(sum1, sum2, x, shift, groups, width, s)
+    for row in range(groups * GROUP, rows):
+        add_row_deviations(sum1, sum2, x + row * s, shift, width)
 
 
 cdef inline real product(
@@ -462,6 +528,13 @@ cdef inline void add_gradients(
         dout += GROUP * s
         x += GROUP * s
         rows -= GROUP
+    if rows >= GROUP // 2:
+        for j in range(width):
+            sum1[j] += four_douts(dout + j, s, shift[j])
+            sum2[j] += four_products(dout + j, x + j, s, shift[j], scale[j])
+        dout += GROUP // 2 * s
+        x += GROUP // 2 * s
+        rows -= GROUP // 2
     while rows > 0:
         for j in range(width):
             add_gradient(sum1 + j, sum2 + j, dout[j], x[j], shift[j], scale[j])
@@ -472,65 +545,117 @@ cdef inline void add_gradients(
 
 cdef inline void add_lane_gradients(
     double *lanes1, double *lanes2, const floating *dout, const floating *x, Py_ssize_t s,
-    real m, real v, Py_ssize_t steps, Py_ssize_t jump,
+    real m, real v, Py_ssize_t steps,
 ) noexcept nogil:
-    """Those of a group of eight rows of one feature, up to STEPS steps of LANES columns. Here, too,
-    four rows and then the others: images are often a multiple of 4 KB apart."""
+    """The same of a group of eight rows of one feature, up to STEPS steps of LANES columns. Here,
+    too, four rows and then the others: images are often a multiple of 4 KB apart."""
     cdef real douts[STEPS * LANES]
     cdef real products[STEPS * LANES]
     cdef Py_ssize_t j, k, half = 4 * s
     for k in range(steps):
         for j in range(LANES):
-            douts[k * LANES + j] = four_douts(dout + k * jump + j, s, m)
+            douts[k * LANES + j] = four_douts(dout + k * LANES + j, s, m)
             products[k * LANES + j] = four_products(
-                dout + k * jump + j, x + k * jump + j, s, m, v)
+                dout + k * LANES + j, x + k * LANES + j, s, m, v)
     dout += half
     x += half
     for k in range(steps):
         for j in range(LANES):
-            lanes1[j] += douts[k * LANES + j] + four_douts(dout + k * jump + j, s, m)
+            lanes1[j] += douts[k * LANES + j] + four_douts(dout + k * LANES + j, s, m)
             lanes2[j] += products[k * LANES + j] + four_products(
-                dout + k * jump + j, x + k * jump + j, s, m, v)
+                dout + k * LANES + j, x + k * LANES + j, s, m, v)
 
 
-cdef inline void add_run_gradients(
-    double *sum1, double *sum2,
-    const floating *dout, const floating *x, const real *columns, Py_ssize_t pitch,
-    Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s,
+cdef inline void add_rest_gradients(
+    double *sum1, double *sum2, const floating *dout, const floating *x, const floating *stop,
+    real m, real v,
 ) noexcept nogil:
-    """The same of all rows where all columns are of one feature: into LANES sums, in registers."""
+    """The same of fewer than STRETCH values of one feature, as in `add_rest_deviations`."""
+    cdef real lanes1[LANES]
+    cdef real lanes2[LANES]
+    cdef real d, p, total1, total2
+    cdef Py_ssize_t k, steps = (stop - x) // LANES, last = stop - x - LANES
+    cdef int j, first = LANES - (stop - x) % LANES
+    for j in range(LANES):
+        d, p = dout[last + j], product(dout[last + j], x[last + j], m, v)
+        lanes1[j] = d if j >= first else 0
+        lanes2[j] = p if j >= first else 0
+    if steps > 0:
+        for j in range(LANES):
+            total1, total2 = lanes1[j], lanes2[j]
+            for k in range(steps):
+                total1 += dout[k * LANES + j]
+                total2 += product(dout[k * LANES + j], x[k * LANES + j], m, v)
+            lanes1[j], lanes2[j] = total1, total2
+    sum1[0] += fold_lanes(lanes1)
+    sum2[0] += fold_lanes(lanes2)
+
+
+cdef inline void add_row_gradients(
+    double *sum1, double *sum2, const floating *dout, const floating *x, real m, real v,
+    Py_ssize_t width,
+) noexcept nogil:
+    """The same of a single row of one feature, as in `add_row_deviations`."""
+    cdef double lanes1[LANES]
+    cdef double lanes2[LANES]
+    cdef const floating *stop = x + width
+    cdef Py_ssize_t j, k, groups = width // STRETCH
+    if width < LANES:
+        for j in range(width):
+            add_gradient(sum1, sum2, dout[j], x[j], m, v)
+        return
+    if groups > 0:
+        memcpy(lanes1, ZEROS, sizeof(lanes1))
+        memcpy(lanes2, ZEROS, sizeof(lanes2))
+        for k in range(groups):
+            add_lane_gradients(lanes1, lanes2, dout, x, LANES, m, v, 1)
+            dout += STRETCH
+            x += STRETCH
+        sum1[0] += fold_lanes(lanes1)
+        sum2[0] += fold_lanes(lanes2)
+    if x < stop:
+        add_rest_gradients(sum1, sum2, dout, x, stop, m, v)
+
+
+cdef inline void add_image_gradients(
+    double *sum1, double *sum2, const floating *dout, const floating *x, real m, real v,
+    Py_ssize_t groups, Py_ssize_t width, Py_ssize_t s,
+) noexcept nogil:
+    """The same of groups of eight rows of one feature: in LANES sums, in registers."""
     cdef double lanes1[LANES]
     cdef double lanes2[LANES]
     cdef real shift[LANES]
     cdef real scale[LANES]
-    cdef real m = columns[CENTRE * pitch], v = columns[CENTRE_SCALE * pitch]
-    cdef Py_ssize_t i, j, k, group
-    cdef Steps t = steps_of(rows, width, s)
-    cdef Py_ssize_t rest = width - t.ragged, at_once = 1 if width == LANES else STEPS
-    memcpy(lanes1, sum1, sizeof(lanes1))
-    memcpy(lanes2, sum2, sizeof(lanes2))
+    cdef Py_ssize_t i, j, k, group, steps = width // LANES, ragged = width % LANES
+    memcpy(lanes1, ZEROS, sizeof(lanes1))
+    memcpy(lanes2, ZEROS, sizeof(lanes2))
     for j in range(LANES):  # as columns, for those that are ragged
         shift[j], scale[j] = m, v
-    for group in range(t.groups):
-        for i in range(ceil_div(t.steps, at_once)):  # rows of a single step lie side by side
-            k = i * at_once
+    for group in range(groups):
+        for i in range(ceil_div(steps, STEPS)):
+            k = i * STEPS
             add_lane_gradients(
-                lanes1, lanes2, dout + k * t.jump, x + k * t.jump, s, m, v,
-                min(at_once, t.steps - k), t.jump)
-        add_group_gradients(lanes1, lanes2, dout + rest, x + rest, s, shift, scale, t.ragged)
-        dout += t.rows * s
-        x += t.rows * s
-    for group in range(rows - t.groups * t.rows):
-        for k in range(width // LANES):
-            for j in range(LANES):
-                add_gradient(
-                    lanes1 + j, lanes2 + j, dout[k * LANES + j], x[k * LANES + j], m, v)
-        for j in range(t.ragged):
-            add_gradient(lanes1 + j, lanes2 + j, dout[rest + j], x[rest + j], m, v)
-        dout += s
-        x += s
-    memcpy(sum1, lanes1, sizeof(lanes1))
-    memcpy(sum2, lanes2, sizeof(lanes2))
+                lanes1, lanes2, dout + k * LANES, x + k * LANES, s, m, v,
+                min(<Py_ssize_t>STEPS, steps - k))
+        add_group_gradients(
+            lanes1, lanes2, dout + width - ragged, x + width - ragged, s, shift, scale, ragged)
+        dout += GROUP * s
+        x += GROUP * s
+    sum1[0] += fold_lanes(lanes1)
+    sum2[0] += fold_lanes(lanes2)
+
+
+cdef inline void add_run_gradients(
+    double *sum1, double *sum2,
+    const floating *dout, const floating *x, real m, real v,
+    Py_ssize_t rows, Py_ssize_t width, Py_ssize_t s,
+) noexcept nogil:
+    """The same of all rows where all columns are of one feature."""
+    cdef Py_ssize_t row, groups = rows // GROUP
+    if groups > 0:
+        add_image_gradients(sum1, sum2, dout, x, m, v, groups, width, s)
+    for row in range(groups * GROUP, rows):
+        add_row_gradients(sum1, sum2, dout + row * s, x + row * s, m, v, width)
 
 
 cdef inline void put(
@@ -787,7 +912,7 @@ cdef inline void fold_columns(Sums t, Sums columns, const Grid *g, const Block *
 cdef struct Piece:
     Py_ssize_t offset, rows, tail  # first value, full rows, columns of the row after them
     Py_ssize_t next, stop          # rows of the cell not yet walked, counted over all the sheets
-    Py_ssize_t part, column, width  # which part of the block's row, its columns
+    Py_ssize_t part, width         # which part of the block's row, its columns
 
 
 cdef inline Piece cell_at(const Grid *g, const Block *b, Py_ssize_t cell) noexcept nogil:
@@ -796,7 +921,6 @@ cdef inline Piece cell_at(const Grid *g, const Block *b, Py_ssize_t cell) noexce
     p.stop = min(p.next + g.cell_rows, g.sheets * g.rows)
     p.offset = p.rows = p.tail = 0
     p.part = b.parts
-    p.column = 0
     p.width = g.stretch if g.runs else b.width
     return p
 
@@ -807,7 +931,6 @@ cdef inline bint advance(Piece *p, const Grid *g, const Block *b) noexcept nogil
     p.part += 1
     if p.part < b.parts:
         p.offset += g.inner
-        p.column += g.each
         return True
     if p.next >= p.stop:
         return False
@@ -817,7 +940,7 @@ cdef inline bint advance(Piece *p, const Grid *g, const Block *b) noexcept nogil
     p.tail = g.tail if row + p.rows == g.rows else 0
     p.offset = (sheet * g.features + b.start) * g.inner + row * g.stride
     p.next += p.rows
-    p.part = p.column = 0
+    p.part = 0
     return True
 
 
@@ -832,15 +955,12 @@ cdef void deviations_of_cell(
     cdef const real *c
     cdef Piece p = cell_at(g, b, cell)
     while advance(&p, g, b):
-        sum1, sum2 = columns.first + p.column, columns.second + p.column
+        sum1, sum2 = columns.first + p.part, columns.second + p.part
         at, c = x + p.offset, shift + p.part
         if g.runs:
-            if g.stride == LANES:  # as a constant: 15 % in runs of 256 values
-                add_run_deviations(sum1, sum2, at, c[0], p.rows, LANES, LANES)
-            else:
-                add_run_deviations(sum1, sum2, at, c[0], p.rows, p.width, g.stride)
+            add_run_deviations(sum1, sum2, at, c[0], p.rows, p.width, g.stride)
             if p.tail:
-                add_run_deviations(sum1, sum2, at + p.rows * g.stride, c[0], 1, p.tail, 0)
+                add_row_deviations(sum1, sum2, at + p.rows * g.stride, c[0], p.tail)
         else:
             add_deviations(sum1, sum2, at, c, p.rows, p.width, g.stride, b.ahead)
             add_deviations(sum1, sum2, at + p.rows * g.stride, c, p.tail > 0, p.tail, 0, 0)
@@ -856,20 +976,17 @@ cdef void gradients_of_cell(
     cdef double *sum1
     cdef double *sum2
     cdef const real *c
+    cdef real m, v
     cdef Py_ssize_t at, end
     cdef Piece p = cell_at(g, b, cell)
     while advance(&p, g, b):
-        sum1, sum2 = of_columns.first + p.column, of_columns.second + p.column
+        sum1, sum2 = of_columns.first + p.part, of_columns.second + p.part
         at, end, c = p.offset, p.offset + p.rows * g.stride, columns + p.part
         if g.runs:
-            if g.stride == LANES:
-                add_run_gradients(
-                    sum1, sum2, dout + at, x + at, c, b.pitch, p.rows, LANES, LANES)
-            else:
-                add_run_gradients(
-                    sum1, sum2, dout + at, x + at, c, b.pitch, p.rows, p.width, g.stride)
+            m, v = c[CENTRE * b.pitch], c[CENTRE_SCALE * b.pitch]
+            add_run_gradients(sum1, sum2, dout + at, x + at, m, v, p.rows, p.width, g.stride)
             if p.tail:
-                add_run_gradients(sum1, sum2, dout + end, x + end, c, b.pitch, 1, p.tail, 0)
+                add_row_gradients(sum1, sum2, dout + end, x + end, m, v, p.tail)
         else:
             add_gradients(
                 sum1, sum2, dout + at, x + at, c, b.pitch, p.rows, p.width, g.stride, b.ahead)

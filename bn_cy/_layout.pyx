@@ -196,6 +196,9 @@ cdef class Batch:
                 self.shape.outer *= self.view.shape[order[k]]
             else:
                 self.shape.inner *= self.view.shape[order[k]]
+        if self.shape.features == 1:  # a single run: no values of other features lie between
+            self.shape.inner *= self.shape.outer
+            self.shape.outer = 1
         self.count = self.shape.outer * self.shape.inner
         self.size = self.count * self.shape.features
         self.nbytes = self.size * self.view.itemsize
