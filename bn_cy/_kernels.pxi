@@ -1007,8 +1007,9 @@ cdef void normalize_cell(
             write_normalized(
                 y + at, x + at, columns + p.part, b.pitch, p.width, g.runs, writing, b.ahead)
             at += g.stride
-        write_normalized(
-            y + at, x + at, columns + p.part, b.pitch, p.tail, g.runs, writing, b.ahead)
+        if p.tail:
+            write_normalized(
+                y + at, x + at, columns + p.part, b.pitch, p.tail, g.runs, writing, b.ahead)
 
 
 cdef void input_gradient_cell(
@@ -1024,9 +1025,10 @@ cdef void input_gradient_cell(
                 dx + at, dout + at, x + at, columns + p.part, b.pitch, p.width, g.runs,
                 writing, b.ahead)
             at += g.stride
-        write_input_gradient(
-            dx + at, dout + at, x + at, columns + p.part, b.pitch, p.tail, g.runs,
-            writing, b.ahead)
+        if p.tail:
+            write_input_gradient(
+                dx + at, dout + at, x + at, columns + p.part, b.pitch, p.tail, g.runs,
+                writing, b.ahead)
 
 
 # -------------------------------------------------------------------------------------------------
