@@ -1105,9 +1105,10 @@ cdef inline void settle(
 
 cdef inline double far_from(Py_ssize_t count) noexcept nogil:
     """(mean - shift)^2/var from which a feature is summed again. It multiplies the rounding of the
-    sum of squares, which is the smaller the more values there are; samples are hardly ever off so
-    far, while a feature that is summed in vain costs its block a pass."""
-    return 4 if count < 1024 else 16
+    sum of squares, which is the smaller the more values there are; samples are off so far in one
+    feature of thousands, or where they hold an outlier, while a feature that is summed in vain
+    costs its block a pass."""
+    return 1.5 if count < 1024 else 16
 
 
 cdef bint settle_block(
