@@ -271,6 +271,33 @@ cdef inline real tree(
     return four[real](a, b, c, d) + four[real](e, f, g, h)
 
 
+cdef inline double fold_run(const double *columns, Py_ssize_t each) noexcept nogil:
+    """The sum of a feature's columns."""
+    cdef double lane[8]
+    cdef double rest = 0
+    cdef Py_ssize_t e = 0, k
+    for k in range(8):
+        lane[k] = 0
+    while e + 8 <= each:
+        for k in range(8):
+            lane[k] += columns[e + k]
+        e += 8
+    for k in range(e, each):
+        rest += columns[k]
+    return rest + tree[double](
+        lane[0], lane[1], lane[2], lane[3], lane[4], lane[5], lane[6], lane[7])
+
+
+cdef inline double fold_lanes(const real *lanes) noexcept nogil:
+    """The same of LANES columns: a tenth of the sums of short runs is to know how many."""
+    cdef double lane[8]
+    cdef Py_ssize_t k
+    for k in range(8):
+        lane[k] = <double>lanes[k] + lanes[k + 8]
+    return tree[double](
+        lane[0], lane[1], lane[2], lane[3], lane[4], lane[5], lane[6], lane[7])
+
+
 cdef inline real square(real a) noexcept nogil:
     return a * a
 
@@ -359,15 +386,6 @@ cdef inline void add_deviations(
 
 
 cdef double[LANES] ZEROS  # copied, as GCC makes a slow `rep stos` of such a memset
-
-
-cdef inline double fold_lanes(const real *lanes) noexcept nogil:
-    cdef double lane[8]
-    cdef Py_ssize_t k
-    for k in range(8):
-        lane[k] = <double>lanes[k] + lanes[k + 8]
-    return tree[double](
-        lane[0], lane[1], lane[2], lane[3], lane[4], lane[5], lane[6], lane[7])
 
 
 cdef inline void add_rest_deviations(
@@ -767,9 +785,8 @@ cdef inline void input_gradient_burst(
     cdef floating *line = <floating *>aligned(storage)
     input_gradient_row(line, dout, x, columns, pitch, width, run)
     put(dx, line, width, writing)
-    if ahead:
+    if ahead:  # one of two: line buffers that fetches hold are wanting where results are written
         fetch(x + ahead, width * sizeof(floating))
-        fetch(dout + ahead, width * sizeof(floating))
 
 
 cdef inline void write_input_gradient(
@@ -837,22 +854,6 @@ cdef inline void spread(
     for f in range(b.size):
         columns[f] = <real>values[f]
     expand(columns, g, b)
-
-
-cdef inline double fold_run(const double *columns, Py_ssize_t each) noexcept nogil:
-    cdef double lane[8]
-    cdef double rest = 0
-    cdef Py_ssize_t e = 0, k
-    for k in range(8):
-        lane[k] = 0
-    while e + 8 <= each:
-        for k in range(8):
-            lane[k] += columns[e + k]
-        e += 8
-    for k in range(e, each):
-        rest += columns[k]
-    return rest + tree[double](
-        lane[0], lane[1], lane[2], lane[3], lane[4], lane[5], lane[6], lane[7])
 
 
 cdef inline void fold(
