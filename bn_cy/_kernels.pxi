@@ -125,9 +125,9 @@ cdef enum:
     LINE = 16       # floats of a cache line
     FEW = 32        # values of a feature below which roundings do not average: all terms in double
     CELLS = 64      # parts that a feature's rows are summed in, at the most
-    CELL_ROWS = 64  # rows of such a part, at the least
-    CELL_VALUES = 65536  # its values, at the least, of all features
-    CELL_RUN = 8192      # its values of one feature, at the least, where they are summed as runs
+    CELL_ROWS = 128  # rows of such a part, at the least
+    CELL_VALUES = 131072  # its values, at the least, of all features
+    CELL_RUN = 16384      # its values of one feature, at the least, where they are summed as runs
     SHEET_ROWS = 1024  # rows of a sheet that is not cut between parts, at the most
     SAMPLES = 8     # values of a feature that its shift is the mean of
     RESCUES = 4     # passes in double until a feature's shift is near its mean
@@ -165,7 +165,7 @@ cdef struct Grid:
     bint runs                             # a row of a block is a stretch of each of its features,
     Py_ssize_t stretch                    # so long
     Py_ssize_t each, times                # columns of a feature, copies of a block in its scratch
-    Py_ssize_t cells, cell_rows           # the fixed grid in which rows are summed
+    Py_ssize_t cells, unit                # the fixed grid in which rows are summed: 2^k, whole units
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
@@ -210,8 +210,9 @@ cdef inline Py_ssize_t stretch_of_run(Py_ssize_t inner) noexcept nogil:
 
 
 cdef inline Py_ssize_t cell_count(Py_ssize_t rows, Py_ssize_t least) noexcept nogil:
-    """Into how many parts to cut rows: a power of two, which threads share out evenly."""
-    cdef Py_ssize_t cells = 1
+    """Into how many parts to cut rows: a power of two, the leaves of a tree of halves. Two from
+    `least` rows on, more where each has as many."""
+    cdef Py_ssize_t cells = 2 if rows >= least else 1
     while cells < CELLS and 2 * cells * least <= rows:
         cells *= 2
     return cells
@@ -239,9 +240,8 @@ cdef Grid plan(
         g.times = merged_rows(outer, g.stride, WIDTH // 2 if writing else WIDTH)
         g.rows, g.tail, g.stride = outer // g.times, outer % g.times * g.stride, g.times * g.stride
         least = max(<Py_ssize_t>CELL_ROWS, CELL_VALUES // g.stride)
-    g.cell_rows = ceil_div(g.sheets * g.rows, cell_count(g.sheets * g.rows, least))
-    g.cell_rows = round_up(g.cell_rows, g.rows if g.sheets > 1 and g.rows <= SHEET_ROWS else GROUP)
-    g.cells = ceil_div(g.sheets * g.rows, g.cell_rows)
+    g.unit = g.rows if g.sheets > 1 and g.rows <= SHEET_ROWS else GROUP
+    g.cells = cell_count(g.sheets * g.rows, max(least, g.unit))
     return g
 
 
@@ -884,7 +884,6 @@ cdef inline Sums sums_at(double *start, Py_ssize_t pitch) noexcept nogil:
 
 
 cdef inline void add_sums(Sums total, Sums part, Py_ssize_t size) noexcept nogil:
-    """Parts are added in the order of the grid, whichever thread summed them."""
     cdef Py_ssize_t f
     for f in range(size):
         total.first[f] += part.first[f]
@@ -918,8 +917,9 @@ cdef struct Piece:
 
 cdef inline Piece cell_at(const Grid *g, const Block *b, Py_ssize_t cell) noexcept nogil:
     cdef Piece p
-    p.next = cell * g.cell_rows
-    p.stop = min(p.next + g.cell_rows, g.sheets * g.rows)
+    cdef Py_ssize_t rows = g.sheets * g.rows, units = ceil_div(rows, g.unit)
+    p.next = units * cell // g.cells * g.unit
+    p.stop = min(units * (cell + 1) // g.cells * g.unit, rows)
     p.offset = p.rows = p.tail = 0
     p.part = b.parts
     p.width = g.stretch if g.runs else b.width
@@ -1083,14 +1083,18 @@ cdef void sample_shift(
 
 cdef void sum_deviations(
     Sums t, const floating *x, const real *shift, const Grid *g, const Block *b,
+    Py_ssize_t cell, Py_ssize_t cells,
 ) noexcept nogil:
+    """Of a power of two of cells: the sum of those of its halves."""
     cdef double storage[2 * WIDTH]
     cdef Sums part = sums_at(storage, WIDTH)
-    cdef Py_ssize_t cell
-    deviations_of_cell(t, x, shift, g, b, 0)
-    for cell in range(1, g.cells):
-        deviations_of_cell(part, x, shift, g, b, cell)
-        add_sums(t, part, b.size)
+    cdef Py_ssize_t half = cells // 2
+    if cells == 1:
+        deviations_of_cell(t, x, shift, g, b, cell)
+        return
+    sum_deviations(t, x, shift, g, b, cell, half)
+    sum_deviations(part, x, shift, g, b, cell + half, half)
+    add_sums(t, part, b.size)
 
 
 cdef inline void settle(
@@ -1140,8 +1144,7 @@ cdef inline Grid single_rows(const Grid *g) noexcept nogil:
     cdef Grid r = g[0]
     if g.times > 1:
         r.times, r.rows, r.stride, r.tail = 1, g.outer, g.features * g.inner, 0
-        r.cell_rows *= g.times
-        r.cells = ceil_div(r.rows, r.cell_rows)
+        r.unit *= g.times
     return r
 
 
@@ -1185,7 +1188,7 @@ cdef void sum_again(
             return
         again = False
         spread(shift, s.mean, g, b)
-        sum_deviations(t, x, shift, g, b)
+        sum_deviations(t, x, shift, g, b, 0, g.cells)
         for f in range(b.size):
             if suspect[f]:
                 delta = t.first[f] * share
@@ -1214,10 +1217,10 @@ cdef void moments_of_block(
     sample_shift(s, x, g, b)
     if g.count < FEW:
         spread(wide, s.mean, g, b)
-        sum_deviations(t, x, wide, g, b)
+        sum_deviations(t, x, wide, g, b, 0, g.cells)
     else:
         spread(shift, s.mean, g, b)
-        sum_deviations(t, x, shift, g, b)
+        sum_deviations(t, x, shift, g, b, 0, g.cells)
     moments_of_sums(s, t, x, g, b)
 
 
@@ -1341,15 +1344,18 @@ cdef void settle_gradients(
 
 cdef void sum_gradients(
     Sums t, const floating *dout, const floating *x, const real *columns,
-    const Grid *g, const Block *b,
+    const Grid *g, const Block *b, Py_ssize_t cell, Py_ssize_t cells,
 ) noexcept nogil:
+    """As `sum_deviations`."""
     cdef double storage[2 * WIDTH]
     cdef Sums part = sums_at(storage, WIDTH)
-    cdef Py_ssize_t cell
-    gradients_of_cell(t, dout, x, columns, g, b, 0)
-    for cell in range(1, g.cells):
-        gradients_of_cell(part, dout, x, columns, g, b, cell)
-        add_sums(t, part, b.size)
+    cdef Py_ssize_t half = cells // 2
+    if cells == 1:
+        gradients_of_cell(t, dout, x, columns, g, b, cell)
+        return
+    sum_gradients(t, dout, x, columns, g, b, cell, half)
+    sum_gradients(part, dout, x, columns, g, b, cell + half, half)
+    add_sums(t, part, b.size)
 
 
 cdef inline bint overflowed(Sums t, Py_ssize_t size) noexcept nogil:
@@ -1384,7 +1390,7 @@ cdef void rescue_gradients(
     if not overflowed(t, b.size):
         return
     spread_centres(columns, centres, &r, &of_rows)
-    sum_gradients(wide, dout, x, columns, &r, &of_rows)
+    sum_gradients(wide, dout, x, columns, &r, &of_rows, 0, r.cells)
     replace_overflowed(t.first, wide.first, b.size)
     replace_overflowed(t.second, wide.second, b.size)
 
@@ -1443,9 +1449,11 @@ cdef struct Work:
     bint by_cells
     bint far                 # the arrays do not stay in the cache
     Py_ssize_t unit, units, blocks  # features that end with a cache line, how many such, blocks
-    Py_ssize_t slice, slices  # by cells: features whose parts a thread merges, how many such
+    Py_ssize_t branches      # by cells: parts of the grid that threads sum, a power of two
+    Py_ssize_t slice, slices  # features whose sums of all branches a thread adds, how many such
     double *statistics
-    double *parts            # by cells: two sums of every feature of every cell
+    double *parts            # two sums of every feature, for every branch as often as it is deep
+    Py_ssize_t deep
     double *gradients        # backward: two sums of every feature
 
 
@@ -1472,6 +1480,10 @@ cdef Work share(
     w.blocks = ceil_div(w.units, size // w.unit)
     if not w.by_cells:
         w.blocks = min(round_up(w.blocks, w.threads), w.units)
+    w.branches = w.threads if w.sums.cells % w.threads == 0 else w.sums.cells
+    w.deep = 1
+    while w.sums.cells // w.branches >> w.deep:
+        w.deep += 1
     w.slice = min(<Py_ssize_t>WIDTH, round_up(ceil_div(shape.features, w.threads), LINE))
     w.slices = ceil_div(shape.features, w.slice)
     w.statistics, w.parts, w.gradients = statistics, NULL, NULL
@@ -1541,22 +1553,32 @@ cdef inline Py_ssize_t whole_rows_from(
 
 
 cdef int take_parts(Work *w) noexcept nogil:
-    w.parts = <double *>malloc(w.sums.cells * 2 * w.sums.features * sizeof(double))
+    w.parts = <double *>malloc(w.branches * w.deep * 2 * w.sums.features * sizeof(double))
     return 0 if w.parts != NULL else -1
 
 
-cdef inline Sums part_of(const Work *w, Py_ssize_t cell, const Block *b) noexcept nogil:
-    """The sums of a block's features in a cell."""
+cdef inline Sums part_of(const Work *w, Py_ssize_t part, const Block *b) noexcept nogil:
+    """Where a block's features are summed in a part."""
     cdef Py_ssize_t features = w.sums.features
-    return sums_at(w.parts + cell * 2 * features + b.start, features)
+    return sums_at(w.parts + part * 2 * features + b.start, features)
+
+
+cdef inline void add_part(const Work *w, Py_ssize_t total, Py_ssize_t part) noexcept nogil:
+    cdef Block all_features = block_at(&w.sums, 0, w.sums.features)
+    add_sums(part_of(w, total, &all_features), part_of(w, part, &all_features), w.sums.features)
 
 
 cdef void merge_parts(Sums total, const Work *w, const Block *b) noexcept nogil:
-    cdef Py_ssize_t cell, size = b.size
-    memset(total.first, 0, size * sizeof(double))
-    memset(total.second, 0, size * sizeof(double))
-    for cell in range(w.sums.cells):
-        add_sums(total, part_of(w, cell, b), size)
+    """The rest of the tree, from the branches down."""
+    cdef Py_ssize_t i, first, step = 1
+    cdef Sums root = part_of(w, 0, b)
+    while step < w.branches:
+        for i in range(w.branches // (2 * step)):
+            first = 2 * i * step * w.deep
+            add_sums(part_of(w, first, b), part_of(w, first + step * w.deep, b), b.size)
+        step *= 2
+    memcpy(total.first, root.first, b.size * sizeof(double))
+    memcpy(total.second, root.second, b.size * sizeof(double))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1612,7 +1634,7 @@ cdef void shift_task(const floating *x, const Work *w, Py_ssize_t i) noexcept no
 
 
 cdef void deviations_task(
-    const floating *x, const Work *w, Py_ssize_t cell, Py_ssize_t i,
+    const floating *x, const Work *w, Py_ssize_t part, Py_ssize_t cell, Py_ssize_t i,
 ) noexcept nogil:
     cdef floating storage[SCRATCH]
     cdef floating *shift = <floating *>aligned(storage)
@@ -1620,7 +1642,21 @@ cdef void deviations_task(
     cdef Statistics s = statistics_of(w, &b)
     b.ahead = ahead_in(&b, w, sizeof(floating))
     spread(shift, s.mean, &w.sums, &b)
-    deviations_of_cell(part_of(w, cell, &b), x, shift, &w.sums, &b, cell)
+    deviations_of_cell(part_of(w, part, &b), x, shift, &w.sums, &b, cell)
+
+
+cdef void deviations_branch(
+    const floating *x, const Work *w, Py_ssize_t part, Py_ssize_t cell, Py_ssize_t cells,
+) noexcept nogil:
+    """As `sum_deviations`, all blocks of a cell before the next: memory is read in whole rows."""
+    cdef Py_ssize_t i, half = cells // 2
+    if cells == 1:
+        for i in range(w.blocks):
+            deviations_task(x, w, part, cell, i)
+        return
+    deviations_branch(x, w, part, cell, half)
+    deviations_branch(x, w, part + 1, cell + half, half)
+    add_part(w, part, part + 1)
 
 
 cdef void merge_moments(
@@ -1652,15 +1688,15 @@ cdef int forward_by_cells(
     floating *y, const floating *x, const floating *gamma, const floating *beta,
     double eps, Work *w,
 ) noexcept nogil:
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, cells = w.sums.cells // w.branches
     if w.measure and take_parts(w):
         return -1
     with parallel(num_threads=w.threads):
         if w.measure:
             for i in prange(w.slices, schedule="static"):
                 shift_task(x, w, i)
-            for i in prange(w.sums.cells * w.blocks, schedule="static"):
-                deviations_task(x, w, i // w.blocks, i % w.blocks)
+            for i in prange(w.branches, schedule="static"):
+                deviations_branch(x, w, i * w.deep, i * cells, cells)
         for i in prange(w.slices, schedule="static"):
             merge_moments(x, gamma, eps, w, i)
         if w.write:
@@ -1716,7 +1752,7 @@ cdef void gradients_task(
     b.ahead = ahead_in(&b, w, 2 * sizeof(floating))
     find_centres(centres, &s, sizeof(floating) == 4, &b)
     spread_centres(columns, centres, &w.sums, &b)
-    sum_gradients(t, dout, x, columns, &w.sums, &b)
+    sum_gradients(t, dout, x, columns, &w.sums, &b, 0, w.sums.cells)
     finish_gradients(t, centres, dout, x, &s, dgamma, dbeta, &w.sums, &b)
 
 
@@ -1747,7 +1783,8 @@ cdef void backward_block(
 
 
 cdef void gradient_parts_task(
-    const floating *dout, const floating *x, const Work *w, Py_ssize_t cell, Py_ssize_t i,
+    const floating *dout, const floating *x, const Work *w,
+    Py_ssize_t part, Py_ssize_t cell, Py_ssize_t i,
 ) noexcept nogil:
     cdef floating storage[CENTRES * SCRATCH]
     cdef floating *columns = <floating *>aligned(storage)
@@ -1757,7 +1794,22 @@ cdef void gradient_parts_task(
     b.ahead = ahead_in(&b, w, 2 * sizeof(floating))
     find_centres(centres, &s, sizeof(floating) == 4, &b)
     spread_centres(columns, centres, &w.sums, &b)
-    gradients_of_cell(part_of(w, cell, &b), dout, x, columns, &w.sums, &b, cell)
+    gradients_of_cell(part_of(w, part, &b), dout, x, columns, &w.sums, &b, cell)
+
+
+cdef void gradients_branch(
+    const floating *dout, const floating *x, const Work *w,
+    Py_ssize_t part, Py_ssize_t cell, Py_ssize_t cells,
+) noexcept nogil:
+    """As `deviations_branch`."""
+    cdef Py_ssize_t i, half = cells // 2
+    if cells == 1:
+        for i in range(w.blocks):
+            gradient_parts_task(dout, x, w, part, cell, i)
+        return
+    gradients_branch(dout, x, w, part, cell, half)
+    gradients_branch(dout, x, w, part + 1, cell + half, half)
+    add_part(w, part, part + 1)
 
 
 cdef void merge_gradients(
@@ -1790,13 +1842,13 @@ cdef int backward_by_cells(
     floating *dx, floating *dgamma, floating *dbeta, const floating *dout, const floating *x,
     double count, Work *w,
 ) noexcept nogil:
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, cells = w.sums.cells // w.branches
     if w.measure and take_parts(w):
         return -1
     with parallel(num_threads=w.threads):
         if w.measure:
-            for i in prange(w.sums.cells * w.blocks, schedule="static"):
-                gradient_parts_task(dout, x, w, i // w.blocks, i % w.blocks)
+            for i in prange(w.branches, schedule="static"):
+                gradients_branch(dout, x, w, i * w.deep, i * cells, cells)
             for i in prange(w.slices, schedule="static"):
                 merge_gradients(dgamma, dbeta, dout, x, w, i)
         if w.write:
