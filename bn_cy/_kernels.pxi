@@ -165,7 +165,7 @@ cdef struct Grid:
     bint runs                             # a row of a block is a stretch of each of its features,
     Py_ssize_t stretch                    # so long
     Py_ssize_t each, times                # columns of a feature, copies of a block in its scratch
-    Py_ssize_t cells, unit                # the fixed grid in which rows are summed: 2^k, whole units
+    Py_ssize_t cells, unit                # the fixed grid in which rows are summed, of whole units
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
