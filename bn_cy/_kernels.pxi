@@ -152,7 +152,7 @@ cdef enum:  # what the second passes need of every column, a row of scratch each
     MEAN_DOUT       # dbeta/n, and here lo: dbeta/n - lo*invstd*dgamma/n
     DX_SCALE        # gamma*invstd
     PARAMETERS
-    SCRATCH = WIDTH + 2 * LINE  # pitch of such rows, at the most, and room to align them
+    SCRATCH = WIDTH + 2 * LINE  # pitch of such rows, at the most: room to align and to `repeat`
 
 
 # -------------------------------------------------------------------------------------------------
@@ -275,15 +275,16 @@ cdef inline double fold_run(const double *columns, Py_ssize_t each) noexcept nog
     """The sum of a feature's columns."""
     cdef double lane[8]
     cdef double rest = 0
-    cdef Py_ssize_t e = 0, k
-    for k in range(8):
-        lane[k] = 0
-    while e + 8 <= each:
-        for k in range(8):
-            lane[k] += columns[e + k]
-        e += 8
-    for k in range(e, each):
+    cdef Py_ssize_t e, k
+    for k in range(each // 8 * 8, each):
         rest += columns[k]
+    if each < 8:
+        return rest
+    for k in range(8):
+        lane[k] = columns[k]
+    for e in range(1, each // 8):
+        for k in range(8):
+            lane[k] += columns[8 * e + k]
     return rest + tree[double](
         lane[0], lane[1], lane[2], lane[3], lane[4], lane[5], lane[6], lane[7])
 
@@ -831,17 +832,28 @@ cdef inline Block block_at(const Grid *g, Py_ssize_t start, Py_ssize_t size) noe
     return b
 
 
+cdef inline void repeat(
+    real *columns, const real *values, Py_ssize_t size, Py_ssize_t each,
+) noexcept nogil:
+    """Each value to `each` columns, in vectors: the next value overwrites what is too much."""
+    cdef Py_ssize_t f, e
+    cdef int k
+    for f in range(size):
+        for e in range(ceil_div(each, 8)):
+            for k in range(8):
+                columns[8 * e + k] = values[f]
+        columns += each
+
+
 cdef inline void expand(real *columns, const Grid *g, const Block *b) noexcept nogil:
     """A value a feature, which the first columns hold, to a value a column."""
-    cdef Py_ssize_t t, f, e, size = b.size, each = g.each
-    cdef real value
+    cdef Py_ssize_t t, size = b.size, each = g.each
+    cdef real values[WIDTH]
     if g.runs:  # a part of a block is one feature
         return
     if each > 1:
-        for f in range(size - 1, -1, -1):  # from the last, as those before it are still to be read
-            value = columns[f]
-            for e in range(each):
-                columns[f * each + e] = value
+        memcpy(values, columns, size * sizeof(real))
+        repeat(columns, values, size, each)
     for t in range(1, g.times):
         memcpy(columns + t * size * each, columns, size * each * sizeof(real))
 
@@ -1173,7 +1185,7 @@ cdef void sum_again(
     const Statistics *s, long long *suspect, const floating *x, const Grid *g, const Block *b,
 ) noexcept nogil:
     """The same sums with every term in double, about the mean just found, until it stays there."""
-    cdef double shift[WIDTH]
+    cdef double shift[SCRATCH]
     cdef double storage[2 * WIDTH]
     cdef Sums t = sums_at(storage, WIDTH)
     cdef double delta, share = 1 / <double>g.count, far = far_from(g.count)
@@ -1211,7 +1223,7 @@ cdef void moments_of_block(
 ) noexcept nogil:
     cdef floating storage[SCRATCH]
     cdef floating *shift = <floating *>aligned(storage)
-    cdef double wide[WIDTH]
+    cdef double wide[SCRATCH]
     cdef double sums[2 * WIDTH]
     cdef Sums t = sums_at(sums, WIDTH)
     sample_shift(s, x, g, b)
