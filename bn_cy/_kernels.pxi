@@ -115,7 +115,7 @@ cdef enum:
     STREAM = 2048   # values of the stretches that long runs are cut into for sums, at the most
     LONG = 8192     # values of a run from which it is
     CHUNK = 1024    # values that a run is cut into for writing
-    AHEAD = 1024    # values from those that are written to those that are fetched, along memory
+    AHEAD = 1024    # values from those that are written to those that are fetched, at the least
     PORTION = 128   # columns of a group of rows that are fetched and summed at a time
     STEPS = 16      # the same of a run, in LANES
     BURST = 128     # columns between two writes past the cache: reads and writes overlap
@@ -246,12 +246,14 @@ cdef Grid plan(
 
 
 cdef Py_ssize_t block_features(
-    const Grid *g, Py_ssize_t itemsize, Py_ssize_t cache,
+    const Grid *g, Py_ssize_t itemsize, Py_ssize_t cache, bint measure,
 ) noexcept nogil:
-    """Features that are walked together, at the most; has no say in the order of any sum."""
+    """Features that are walked together, at the most; has no say in the order of any sum. Runs that
+    a second pass is to find in the cache are few; one that stands alone walks along memory."""
     cdef Py_ssize_t width
     if g.runs:
-        return max(<Py_ssize_t>1, min(<Py_ssize_t>RUNS, cache // (g.count * 4 * sizeof(double))))
+        width = cache // (g.count * 4 * sizeof(double)) if measure else RUNS
+        return max(<Py_ssize_t>1, min(<Py_ssize_t>RUNS, width))
     if g.times > 1:
         return g.features
     width = WIDTH if g.count >= FEW else SLIM
@@ -1484,7 +1486,7 @@ cdef Work share(
     else:
         w.by_cells = w.sums.times > 1 or w.sums.cells >= w.threads
     w.by_cells &= w.threads > 1 and w.sums.cells > 1
-    size = block_features(&w.sums, itemsize, w.cache)
+    size = block_features(&w.sums, itemsize, w.cache, measure)
     w.unit = 1 if w.sums.runs else min(line_multiple(shape.inner), size)
     if w.sums.times > 1:
         w.unit = size
@@ -1516,14 +1518,22 @@ cdef inline bint fits_cache(const Block *b, const Work *w, Py_ssize_t itemsize) 
     return not w.by_cells and b.size * w.writes.count * itemsize <= w.cache
 
 
+cdef inline Py_ssize_t to_next_row(const Grid *g, const Block *b) noexcept nogil:
+    """From a value that is written to the one below it, which is written a row later; where rows
+    adjoin, as far along memory as fetching takes."""
+    if g.runs and b.parts == 1 and g.inner <= CHUNK:
+        return g.features * g.inner
+    return max(<Py_ssize_t>AHEAD, g.stride)
+
+
 cdef inline Py_ssize_t ahead_of(
     const Block *b, const Work *w, Py_ssize_t i, Py_ssize_t itemsize,
 ) noexcept nogil:
     """From a value that is written past the cache to one that is to be fetched: of the thread's
-    next block, where the first pass has left this one in the cache, else further on in it."""
+    next block, where the first pass has left this one in the cache, else of the next row."""
     if w.measure and fits_cache(b, w, itemsize):
         return b.size * w.writes.inner if i + 1 < w.blocks else 0
-    return AHEAD
+    return to_next_row(&w.writes, b)
 
 
 cdef inline Py_ssize_t ahead_in(
