@@ -480,7 +480,8 @@ cdef int launch_backward(
     cdef Batch batch = cache.batch
     cdef double *statistics = cache.statistics
     cdef double count = cache.count
-    cdef Resources use = resources_for(batch, 3)
+    # A whole backward counts one more: x and dout, wanted twice, stay less well beside dx.
+    cdef Resources use = resources_for(batch, 4 if measure and dx != NULL else 3)
     cdef int status
     if is_short(batch):
         status = call_backward(
