@@ -127,6 +127,8 @@ cdef enum:
     CELLS = 64      # parts that a feature's rows are summed in, at the most
     CELL_ROWS = 128  # rows of such a part, at the least
     CELL_VALUES = 131072  # its values, at the least, of all features
+    FEW_CELLS = 4   # parts of narrow rows that are made sooner, as threads share features badly:
+    FEW_VALUES = 24576  # from so many values on two, and four from four times as many
     CELL_RUN = 16384      # its values of one feature, at the least, where they are summed as runs
     SHEET_ROWS = 1024  # rows of a sheet that is not cut between parts, at the most
     SAMPLES = 8     # values of a feature that its shift is the mean of
@@ -225,7 +227,7 @@ cdef Grid plan(
     longer must runs be: columns fold all rows at once. Writing folds nothing, so that runs pay
     sooner, and what is summed as runs is written as runs."""
     cdef Grid g
-    cdef Py_ssize_t least, shortest = LANES * min(outer, <Py_ssize_t>(2 if writing else 4))
+    cdef Py_ssize_t least, few = 1, shortest = LANES * min(outer, <Py_ssize_t>(2 if writing else 4))
     g.outer, g.features, g.inner, g.count = outer, features, inner, outer * inner
     g.sheets, g.rows, g.stride, g.tail, g.times = 1, outer, features * inner, 0, 1
     g.runs = inner > WIDTH // 2 or (outer < GROUP and inner >= shortest)
@@ -240,8 +242,11 @@ cdef Grid plan(
         g.times = merged_rows(outer, g.stride, WIDTH // 2 if writing else WIDTH)
         g.rows, g.tail, g.stride = outer // g.times, outer % g.times * g.stride, g.times * g.stride
         least = max(<Py_ssize_t>CELL_ROWS, CELL_VALUES // g.stride)
+        if g.stride <= WIDTH and features <= WIDTH // 2:
+            few = cell_count(g.rows, max(<Py_ssize_t>GROUP, FEW_VALUES // g.stride))
     g.unit = g.rows if g.sheets > 1 and g.rows <= SHEET_ROWS else GROUP
-    g.cells = cell_count(g.sheets * g.rows, max(least, g.unit))
+    g.cells = max(
+        cell_count(g.sheets * g.rows, max(least, g.unit)), min(few, <Py_ssize_t>FEW_CELLS))
     return g
 
 
@@ -1494,6 +1499,7 @@ cdef Work share(
     w.blocks = ceil_div(w.units, size // w.unit)
     if not w.by_cells:
         w.blocks = min(round_up(w.blocks, w.threads), w.units)
+        w.threads = min(<Py_ssize_t>w.threads, w.blocks)
     w.branches = w.threads if w.sums.cells % w.threads == 0 else w.sums.cells
     w.deep = 1
     while w.sums.cells // w.branches >> w.deep:
