@@ -1504,7 +1504,8 @@ cdef Work share(
     w.deep = 1
     while w.sums.cells // w.branches >> w.deep:
         w.deep += 1
-    w.slice = min(<Py_ssize_t>WIDTH, round_up(ceil_div(shape.features, w.threads), LINE))
+    w.slice = round_up(ceil_div(shape.features, w.threads), LINE)
+    w.slice = min(w.slice, WIDTH // w.sums.each)  # its columns fit the scratch of a rescue
     w.slices = ceil_div(shape.features, w.slice)
     w.statistics, w.parts, w.gradients = statistics, NULL, NULL
     return w

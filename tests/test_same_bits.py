@@ -127,6 +127,21 @@ def test_permuted_axes_of_the_same_memory(rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(128, 64, 7, 7), (150, 90, 15, 16), (256, 512, 2)])
+def test_all_features_rescued_by_threads_that_share_rows(rng, shape, dtype):
+    """Constants, whose variance is summed again, and gradients whose sums are not finite."""
+    x, dout, gamma, beta = draw(rng, shape, 1, dtype)
+    x[:, 5:] = 7
+    dout[0] = np.inf
+    dout[1] = np.nan
+    found = set()
+    for threads in (1, 2, 3, 4):
+        set_num_threads(threads)
+        found.add(str(step(x, dout, gamma, beta, 1)))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 5])
 def test_features_do_not_depend_on_their_neighbours(rng, dtype, threads):
     """A rescue of some features, here of one in three, leaves the bits of the others alone."""
