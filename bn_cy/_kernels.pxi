@@ -42,7 +42,19 @@ cdef extern from *:
     #include <immintrin.h>
     #endif
 
-    /* Copy past the cache: whole lines by non-temporal stores, the ragged ends by ordinary ones. */
+    #if defined(__x86_64__) || defined(_M_X64)
+    /* The pieces of a line that two runs or rows share meet in the buffer of such stores: ordinary
+       ones would read the line first. */
+    static inline void bn_stream_words(char *to, const char *from, size_t bytes) {
+        for (size_t i = 0; i < bytes; i += 4) {
+            int word;
+            memcpy(&word, from + i, 4);
+            _mm_stream_si32((int *)(to + i), word);
+        }
+    }
+    #endif
+
+    /* Copy floats or doubles past the cache, by non-temporal stores of whole lines and of words. */
     static inline void bn_stream(void *target, const void *source, size_t bytes) {
     #if defined(__x86_64__) || defined(_M_X64)
         char *to = (char *)target;
@@ -50,7 +62,7 @@ cdef extern from *:
         size_t head = -(uintptr_t)to & 63;
         if (head) {
             if (head > bytes) head = bytes;
-            memcpy(to, from, head);
+            bn_stream_words(to, from, head);
             to += head; from += head; bytes -= head;
         }
         for (; bytes >= 64; bytes -= 64, to += 64, from += 64) {
@@ -64,7 +76,7 @@ cdef extern from *:
                 _mm_stream_ps((float *)to + i, _mm_loadu_ps((const float *)from + i));
     #endif
         }
-        if (bytes) memcpy(to, from, bytes);
+        bn_stream_words(to, from, bytes);
     #else
         memcpy(target, source, bytes);
     #endif
@@ -204,6 +216,15 @@ cdef inline Py_ssize_t merged_rows(
     return times
 
 
+cdef inline Py_ssize_t shortest_run(Py_ssize_t outer, bint writing) noexcept nogil:
+    """From how many values on the images of a feature are runs. The more images there are, the
+    longer must they be: columns fold all of them at once. Writing a few folds nothing, so that runs
+    pay sooner."""
+    if outer < GROUP:
+        return LANES * min(outer, <Py_ssize_t>(2 if writing else 4))
+    return LANES * min(outer, <Py_ssize_t>LANES)
+
+
 cdef inline Py_ssize_t stretch_of_run(Py_ssize_t inner) noexcept nogil:
     """The stretches that a run is cut into for sums. A long one is read as eight streams: whole
     groups of long stretches, whose distance spreads them over the sets of the cache."""
@@ -223,14 +244,13 @@ cdef inline Py_ssize_t cell_count(Py_ssize_t rows, Py_ssize_t least) noexcept no
 cdef Grid plan(
     Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, bint writing,
 ) noexcept nogil:
-    """How an array of this shape is walked, for sums or for writing. The more rows there are, the
-    longer must runs be: columns fold all rows at once. Writing folds nothing, so that runs pay
-    sooner, and what is summed as runs is written as runs."""
+    """How an array of this shape is walked, for sums or for writing. What is summed as runs is
+    written as runs."""
     cdef Grid g
-    cdef Py_ssize_t least, few = 1, shortest = LANES * min(outer, <Py_ssize_t>(2 if writing else 4))
+    cdef Py_ssize_t least, few = 1
     g.outer, g.features, g.inner, g.count = outer, features, inner, outer * inner
     g.sheets, g.rows, g.stride, g.tail, g.times = 1, outer, features * inner, 0, 1
-    g.runs = inner > WIDTH // 2 or (outer < GROUP and inner >= shortest)
+    g.runs = inner >= shortest_run(outer, writing)
     g.each = 1 if g.runs else inner
     if g.runs:
         g.stretch = inner
@@ -253,11 +273,12 @@ cdef Grid plan(
 cdef Py_ssize_t block_features(
     const Grid *g, Py_ssize_t itemsize, Py_ssize_t cache, bint measure,
 ) noexcept nogil:
-    """Features that are walked together, at the most; has no say in the order of any sum. Runs that
-    a second pass is to find in the cache are few; one that stands alone walks along memory."""
+    """Features that are walked together, at the most; has no say in the order of any sum. Runs of
+    two arrays, x and y or dout, that a second pass is to find in the cache are few; one that stands
+    alone walks along memory."""
     cdef Py_ssize_t width
     if g.runs:
-        width = cache // (g.count * 4 * sizeof(double)) if measure else RUNS
+        width = cache // (g.count * 2 * itemsize) if measure else RUNS
         return max(<Py_ssize_t>1, min(<Py_ssize_t>RUNS, width))
     if g.times > 1:
         return g.features

@@ -92,7 +92,7 @@ def stream_from():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), PATHS)
 def test_outputs_through_and_past_the_cache(rng, stream_from, shape, axis, dtype):
-    """Past it go whole lines, with ordinary stores at the ragged ends."""
+    """Past it go whole lines, and words at the ragged ends."""
     x, dout, gamma, beta = draw(rng, shape, axis, dtype)
     stream_from(1 << 60)
     expected = step(x, dout, gamma, beta, axis)
