@@ -21,7 +21,7 @@
 from cpython.pycapsule cimport PyCapsule_New
 from cython cimport floating
 from cython.parallel cimport parallel, prange
-from libc.math cimport fabs, isfinite, sqrt
+from libc.math cimport fabs, isfinite, isinf, sqrt
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -149,7 +149,7 @@ cdef enum:
 cdef enum:  # how the second passes write
     DIRECT     # in place of what is read nowhere else
     STREAMING  # past the cache, where the whole output would not stay in it
-    IN_PLACE   # dx over dout: by a line of scratch, as loops are vectorised for separate arrays
+    IN_PLACE   # over what is read: by a line of scratch, as loops are made for separate arrays
 
 cdef enum:  # what the first pass of the backward needs of every column, a row of scratch each
     CENTRE        # a shift near the mean, in few digits
@@ -1474,6 +1474,22 @@ cdef void prepare_input_gradient(
         expand(columns + f * b.pitch, g, b)
 
 
+cdef void prepare_frozen_gradient(
+    floating *columns, const Statistics *s, const Grid *g, const Block *b,
+) noexcept nogil:
+    """Of statistics that do not depend on x: dx = gamma*invstd*dout is dout normalized with a mean
+    and a beta of 0, and x is not read."""
+    cdef const double *gamma = s.gamma
+    cdef const double *invstd = s.invstd
+    cdef floating *scale = columns + SCALE * b.pitch
+    cdef Py_ssize_t f, size = b.size
+    memset(columns + HI * b.pitch, 0, b.width * sizeof(floating))
+    memset(columns + SHIFT * b.pitch, 0, b.width * sizeof(floating))
+    for f in range(size):
+        scale[f] = <floating>(gamma[f] * invstd[f])
+    expand(scale, g, b)
+
+
 # -------------------------------------------------------------------------------------------------
 # The work of one call and how threads share it. Either each takes blocks of features and makes
 # both passes over a block while its cache holds it; or, where there are few features or blocks
@@ -1495,6 +1511,7 @@ cdef struct Work:
     double *parts            # two sums of every feature, for every branch as often as it is deep
     Py_ssize_t deep
     double *gradients        # backward: two sums of every feature
+    bint frozen              # backward: the statistics do not depend on x, nor does dx
 
 
 cdef Work share(
@@ -1528,7 +1545,7 @@ cdef Work share(
     w.slice = round_up(ceil_div(shape.features, w.threads), LINE)
     w.slice = min(w.slice, WIDTH // w.sums.each)  # its columns fit the scratch of a rescue
     w.slices = ceil_div(shape.features, w.slice)
-    w.statistics, w.parts, w.gradients = statistics, NULL, NULL
+    w.statistics, w.parts, w.gradients, w.frozen = statistics, NULL, NULL, False
     return w
 
 
@@ -1760,8 +1777,9 @@ cdef int forward_of(
     floating *y, double *statistics, const floating *x, const floating *gamma, const floating *beta,
     const Shape *shape, double eps, bint measure, const Resources *use,
 ) noexcept nogil:
+    cdef int writing = IN_PLACE if y == x else DIRECT
     cdef Work w = share(
-        shape, statistics, sizeof(floating), measure, y != NULL, DIRECT, use)
+        shape, statistics, sizeof(floating), measure, y != NULL, writing, use)
     cdef Py_ssize_t i
     cdef int status = 0
     if w.by_cells:
@@ -1816,9 +1834,15 @@ cdef void input_gradient_task(
     cdef Statistics s = statistics_of(w, &b)
     cdef Py_ssize_t cell
     b.ahead = ahead_of(&b, w, i, 2 * sizeof(floating))
-    prepare_input_gradient(columns, &s, gradients_of(w, &b), count, &w.writes, &b)
+    if w.frozen:
+        prepare_frozen_gradient(columns, &s, &w.writes, &b)
+    else:
+        prepare_input_gradient(columns, &s, gradients_of(w, &b), count, &w.writes, &b)
     for cell in range(stop - 1, first - 1, -1):
-        input_gradient_cell(dx, dout, x, columns, &w.writes, &b, cell, w.writing)
+        if w.frozen:
+            normalize_cell(dx, dout, columns, &w.writes, &b, cell, w.writing)
+        else:
+            input_gradient_cell(dx, dout, x, columns, &w.writes, &b, cell, w.writing)
     end_streaming()
 
 
@@ -1918,7 +1942,7 @@ cdef int backward_of(
         shape, statistics, sizeof(floating), measure, dx != NULL, writing, use)
     cdef Py_ssize_t i
     cdef int status = 0
-    w.gradients = sums
+    w.gradients, w.frozen = sums, isinf(count)
     if w.by_cells:
         status = backward_by_cells(dx, dgamma, dbeta, dout, x, count, &w)
     elif w.threads == 1:

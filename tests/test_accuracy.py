@@ -475,6 +475,25 @@ def test_bad_values_stay_in_their_feature(rng, shape, axis, where, bad):
         arrays[where][...] = kept
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_bad_values_stay_in_their_place_in_a_frozen_gradient(rng, shape, axis, bad, dtype):
+    """One of dout in its own, and one of x has no say at all, also where dx goes over dout."""
+    x, dout = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
+    layer = BatchNorm(shape[axis], axis=axis, dtype=dtype).eval()
+    layer.gamma[:], layer.beta[:] = parameters(rng, shape[axis], dtype)
+    layer(x)
+    expected = layer.backward(dout)
+    in_dout, in_x = rng.integers(x.size, size=2)
+    dout.flat[in_dout], x.flat[in_x] = bad, bad
+    layer(x)
+    found = layer.backward(dout, out=dout)
+    assert not np.isfinite(found.flat[in_dout])
+    found.flat[in_dout] = expected.flat[in_dout]
+    assert found.tobytes() == expected.tobytes()
+
+
 # Statistics that are exact in any order
 
 
