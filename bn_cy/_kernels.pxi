@@ -12,7 +12,7 @@
 #   the same with few features        several rows are read as one wide row (times > 1);
 #   small inner (7 x 7 images)        one sheet of `outer` rows, a feature is `inner` columns;
 #   large inner (28 x 28 images)      one sheet of `outer` rows, of each a run of `inner` values;
-#   few or very long runs             `outer` sheets, each run cut into rows
+#   very long runs, to write all runs  `outer` sheets, each run cut into rows
 #
 # So the leaf loops know nothing but columns, and the columns of a feature are folded at the end.
 # A run has a single column: its values are added to LANES sums in registers, which are folded when
@@ -40,9 +40,15 @@ cdef extern from *:
     #endif
     #if defined(__x86_64__) || defined(_M_X64)
     #include <immintrin.h>
+    #define BN_STREAMS 1
+    #else
+    #define BN_STREAMS 0
+    #endif
+    #if defined(_MSC_VER)
+    #pragma fp_contract(off)  /* on by default before Visual Studio 2022 */
     #endif
 
-    #if defined(__x86_64__) || defined(_M_X64)
+    #if BN_STREAMS
     /* The pieces of a line that two runs or rows share meet in the buffer of such stores: ordinary
        ones would read the line first. */
     static inline void bn_stream_words(char *to, const char *from, size_t bytes) {
@@ -56,7 +62,7 @@ cdef extern from *:
 
     /* Copy floats or doubles past the cache, by non-temporal stores of whole lines and of words. */
     static inline void bn_stream(void *target, const void *source, size_t bytes) {
-    #if defined(__x86_64__) || defined(_M_X64)
+    #if BN_STREAMS
         char *to = (char *)target;
         const char *from = (const char *)source;
         size_t head = -(uintptr_t)to & 63;
@@ -101,7 +107,7 @@ cdef extern from *:
     }
 
     static inline void bn_stream_end(void) {
-    #if defined(__x86_64__) || defined(_M_X64)
+    #if BN_STREAMS
         _mm_sfence();
     #endif
     }
@@ -113,6 +119,7 @@ cdef extern from *:
     void *aligned "bn_aligned"(void *scratch) noexcept nogil
     const char *C_FLAGS "BN_CY_FLAGS"
     const double LARGEST "DBL_MAX"
+    const bint STREAMS "BN_STREAMS"  # whether there are stores past the cache
 
 ctypedef fused real:  # what a sum's terms are computed in: the data's type, or double in a rescue
     float
@@ -232,12 +239,26 @@ cdef inline Py_ssize_t stretch_of_run(Py_ssize_t inner) noexcept nogil:
     return (inner // rows // LANES - 1 | 1) * LANES
 
 
-cdef inline Py_ssize_t cell_count(Py_ssize_t rows, Py_ssize_t least) noexcept nogil:
-    """Into how many parts to cut rows: a power of two, the leaves of a tree of halves. Two from
-    `least` rows on, more where each has as many."""
-    cdef Py_ssize_t cells = 2 if rows >= least else 1
-    while cells < CELLS and 2 * cells * least <= rows:
+cdef inline Py_ssize_t cell_count(const Grid *g, Py_ssize_t least) noexcept nogil:
+    """Into how many parts to cut a grid: a power of two, the leaves of a tree of halves. Two from
+    `least` rows on, more where each has as many; none of them is empty."""
+    cdef Py_ssize_t units = g.sheets * g.rows // g.unit
+    cdef Py_ssize_t enough = ceil_div(least, g.unit)
+    cdef Py_ssize_t cells = 2 if units >= max(<Py_ssize_t>2, enough) else 1
+    while cells < CELLS and 2 * cells * enough <= units:
         cells *= 2
+    return cells
+
+
+cdef inline Py_ssize_t cells_of(const Grid *g) noexcept nogil:
+    cdef Py_ssize_t cells
+    if g.count < FEW:  # the sums in double know no cells
+        return 1
+    if g.runs:
+        return cell_count(g, CELL_RUN // g.stretch)
+    cells = cell_count(g, max(<Py_ssize_t>CELL_ROWS, CELL_VALUES // g.stride))
+    if g.stride <= WIDTH and g.features <= WIDTH // 2:
+        return max(cells, min(cell_count(g, FEW_VALUES // g.stride), <Py_ssize_t>FEW_CELLS))
     return cells
 
 
@@ -247,7 +268,6 @@ cdef Grid plan(
     """How an array of this shape is walked, for sums or for writing. What is summed as runs is
     written as runs."""
     cdef Grid g
-    cdef Py_ssize_t least, few = 1
     g.outer, g.features, g.inner, g.count = outer, features, inner, outer * inner
     g.sheets, g.rows, g.stride, g.tail, g.times = 1, outer, features * inner, 0, 1
     g.runs = inner >= shortest_run(outer, writing)
@@ -257,16 +277,11 @@ cdef Grid plan(
         if writing or inner >= LONG:
             g.stretch = g.stride = min(CHUNK, inner) if writing else stretch_of_run(inner)
             g.sheets, g.rows, g.tail = outer, inner // g.stretch, inner % g.stretch
-        least = max(<Py_ssize_t>GROUP, round_up(CELL_RUN // g.stretch, GROUP))
     else:
         g.times = merged_rows(outer, g.stride, WIDTH // 2 if writing else WIDTH)
         g.rows, g.tail, g.stride = outer // g.times, outer % g.times * g.stride, g.times * g.stride
-        least = max(<Py_ssize_t>CELL_ROWS, CELL_VALUES // g.stride)
-        if g.stride <= WIDTH and features <= WIDTH // 2:
-            few = cell_count(g.rows, max(<Py_ssize_t>GROUP, FEW_VALUES // g.stride))
     g.unit = g.rows if g.sheets > 1 and g.rows <= SHEET_ROWS else GROUP
-    g.cells = max(
-        cell_count(g.sheets * g.rows, max(least, g.unit)), min(few, <Py_ssize_t>FEW_CELLS))
+    g.cells = cells_of(&g)
     return g
 
 
@@ -1421,13 +1436,13 @@ cdef void rescue_gradients(
     Sums t, const double *centres, const floating *dout, const floating *x,
     const Grid *g, const Block *b,
 ) noexcept nogil:
-    """Where a float sum overflowed: the same sums with every term in double."""
+    """Where a sum of floats overflowed: the same sums with every term in double."""
     cdef double columns[CENTRES * SCRATCH]
     cdef double storage[2 * WIDTH]
     cdef Sums wide = sums_at(storage, WIDTH)
     cdef Grid r = single_rows(g)
     cdef Block of_rows = block_at(&r, b.start, b.size)
-    if not overflowed(t, b.size):
+    if sizeof(floating) == sizeof(double) or not overflowed(t, b.size):
         return
     spread_centres(columns, centres, &r, &of_rows)
     sum_gradients(wide, dout, x, columns, &r, &of_rows, 0, r.cells)
@@ -1514,6 +1529,17 @@ cdef struct Work:
     bint frozen              # backward: the statistics do not depend on x, nor does dx
 
 
+cdef inline bint pays_by_cells(const Grid *g, Py_ssize_t threads) noexcept nogil:
+    """Whether threads had better share the rows of all features: of runs, where features divide
+    badly by them; of columns, wherever as many find work so, as memory wants whole rows."""
+    cdef Py_ssize_t busy = min(threads, g.cells)
+    if busy == 1:
+        return False
+    if g.runs:
+        return 3 * busy * ceil_div(g.features, threads) >= 4 * g.features
+    return g.times > 1 or busy >= min(threads, g.stride // NARROW)
+
+
 cdef Work share(
     const Shape *shape, double *statistics, Py_ssize_t itemsize, bint measure, bint write,
     int writing, const Resources *use,
@@ -1522,20 +1548,18 @@ cdef Work share(
     cdef Py_ssize_t size
     w.sums = plan(shape.outer, shape.features, shape.inner, False)
     w.writes = plan(shape.outer, shape.features, shape.inner, True)
-    w.measure, w.write, w.writing = measure, write, STREAMING if use.far else writing
+    w.measure, w.write, w.writing = measure, write, STREAMING if use.far and STREAMS else writing
     w.threads, w.cache, w.far = use.threads, use.cache, use.far
-    if w.sums.runs:
-        w.by_cells = shape.features < w.threads
-    else:
-        w.by_cells = w.sums.times > 1 or w.sums.cells >= w.threads
-    w.by_cells &= w.threads > 1 and w.sums.cells > 1
+    w.by_cells = pays_by_cells(&w.sums, w.threads)
     size = block_features(&w.sums, itemsize, w.cache, measure)
     w.unit = 1 if w.sums.runs else min(line_multiple(shape.inner), size)
     if w.sums.times > 1:
         w.unit = size
     w.units = ceil_div(shape.features, w.unit)
     w.blocks = ceil_div(w.units, size // w.unit)
-    if not w.by_cells:
+    if w.by_cells:
+        w.threads = min(<Py_ssize_t>w.threads, w.sums.cells)
+    else:
         w.blocks = min(round_up(w.blocks, w.threads), w.units)
         w.threads = min(<Py_ssize_t>w.threads, w.blocks)
     w.branches = w.threads if w.sums.cells % w.threads == 0 else w.sums.cells
@@ -1576,6 +1600,8 @@ cdef inline Py_ssize_t ahead_of(
 ) noexcept nogil:
     """From a value that is written past the cache to one that is to be fetched: of the thread's
     next block, where the first pass has left this one in the cache, else of the next row."""
+    if w.writing != STREAMING:
+        return 0
     if w.measure and fits_cache(b, w, itemsize):
         return b.size * w.writes.inner if i + 1 < w.blocks else 0
     return to_next_row(&w.writes, b)
@@ -1584,11 +1610,11 @@ cdef inline Py_ssize_t ahead_of(
 cdef inline Py_ssize_t ahead_in(
     const Block *b, const Work *w, Py_ssize_t itemsize,
 ) noexcept nogil:
-    """From a value that is summed to one that is to be fetched, where blocks do not fit: along a
-    run; of rows past the cache, those of the next group."""
-    if fits_cache(b, w, itemsize):
+    """From a value that is summed to one that is to be fetched: of rows past the cache, those of
+    the next group."""
+    if w.sums.runs or not w.far or fits_cache(b, w, itemsize):
         return 0
-    return 0 if w.sums.runs or not w.far else GROUP * w.sums.stride
+    return GROUP * w.sums.stride
 
 
 cdef inline Py_ssize_t first_cell(const Work *w, Py_ssize_t thread) noexcept nogil:
@@ -1616,7 +1642,7 @@ cdef inline Py_ssize_t whole_rows_from(
 ) noexcept nogil:
     """From which cell to `stop` to write one block and then the next. Past the cache one cell is
     enough: memory is read best in whole rows."""
-    return stop - 1 if w.blocks > 1 and w.writing == STREAMING else first
+    return stop - 1 if w.blocks > 1 and w.far else first
 
 
 cdef int take_parts(Work *w) noexcept nogil:
