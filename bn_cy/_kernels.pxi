@@ -209,11 +209,11 @@ cdef inline Py_ssize_t line_multiple(Py_ssize_t width) noexcept nogil:
 cdef inline Py_ssize_t merged_rows(
     Py_ssize_t outer, Py_ssize_t width, Py_ssize_t wide,
 ) noexcept nogil:
-    """How many rows of `width` columns to read as one: whole lines, and as many as there are
-    columns in vectors; where there are many rows, up to `wide` columns."""
+    """How many rows of `width` columns to read as one: whole lines, if that is not too wide, and as
+    many as there are columns in vectors; where there are many rows, up to `wide` columns."""
     cdef Py_ssize_t times = line_multiple(width)
     if times * width > WIDTH:
-        return 1
+        times = 1
     times *= ceil_div(NARROW, times * width)
     times = max(<Py_ssize_t>1, min(times, outer // GROUP))
     while 2 * times * width <= wide and outer // (2 * times) >= MANY:
@@ -1529,12 +1529,15 @@ cdef struct Work:
     bint frozen              # backward: the statistics do not depend on x, nor does dx
 
 
-cdef inline bint pays_by_cells(const Grid *g, Py_ssize_t threads) noexcept nogil:
+cdef inline bint pays_by_cells(const Grid *g, Py_ssize_t threads, bint far) noexcept nogil:
     """Whether threads had better share the rows of all features: of runs, where features divide
-    badly by them; of columns, wherever as many find work so, as memory wants whole rows."""
+    badly by them; of columns, wherever as many find work so, as memory wants whole rows, also of
+    a single thread."""
     cdef Py_ssize_t busy = min(threads, g.cells)
-    if busy == 1:
+    if g.cells == 1:
         return False
+    if threads == 1:
+        return far and not g.runs and g.stride > WIDTH
     if g.runs:
         return 3 * busy * ceil_div(g.features, threads) >= 4 * g.features
     return g.times > 1 or busy >= min(threads, g.stride // NARROW)
@@ -1550,7 +1553,7 @@ cdef Work share(
     w.writes = plan(shape.outer, shape.features, shape.inner, True)
     w.measure, w.write, w.writing = measure, write, STREAMING if use.far and STREAMS else writing
     w.threads, w.cache, w.far = use.threads, use.cache, use.far
-    w.by_cells = pays_by_cells(&w.sums, w.threads)
+    w.by_cells = pays_by_cells(&w.sums, w.threads, w.far)
     size = block_features(&w.sums, itemsize, w.cache, measure)
     w.unit = 1 if w.sums.runs else min(line_multiple(shape.inner), size)
     if w.sums.times > 1:
