@@ -27,6 +27,7 @@ cdef class Batch:
     cdef const void *gradient(self, Memory *memory, dout) except NULL
     cdef object target(self, out)
     cdef const void *parameter(self, Memory *memory, str name, values) except? NULL
+    cdef double *running(self, Memory *memory, str name, array) except NULL
     cdef int row(self, double *to, str name, values) except -1
 
 

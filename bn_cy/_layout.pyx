@@ -287,6 +287,22 @@ cdef class Batch:
             )
         return view.buf
 
+    cdef double *running(self, Memory *memory, str name, array) except NULL:
+        """The memory of one float64 value per feature, to be updated."""
+        cdef Py_buffer *view = hold(memory, array)
+        if (
+            view.readonly
+            or kind_of(view) != b"d"
+            or view.ndim != 1
+            or view.shape[0] != self.shape.features
+            or not is_contiguous(view)
+        ):
+            raise ValueError(
+                f"{name} must be a writable, contiguous array of float64 and shape "
+                f"({self.shape.features},), got {array!r}"
+            )
+        return <double *>view.buf
+
     cdef int row(self, double *to, str name, values) except -1:
         """Copy one float64 value per feature."""
         cdef const double[:] row

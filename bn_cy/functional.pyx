@@ -101,9 +101,9 @@ cdef class Cache:
         """Whether the batch had no values: then it has no statistics."""
         return self.batch.size == 0
 
-    def update_running(
-        self, double[::1] running_mean, double[::1] running_var, double momentum, bint unbiased
-    ):
+    cdef void update(
+        self, double *running_mean, double *running_var, double momentum, bint unbiased
+    ) noexcept:
         """running += momentum*(batch - running), the variance divided by n - 1 if unbiased."""
         cdef double correction = self.count / (self.count - 1) if unbiased else 1
         cdef const double *mean = self.row(MEAN)
@@ -159,14 +159,28 @@ def batchnorm_forward(x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    cdef Cache cache = Cache(batch_of(x, axis))
-    if cache.batch.count == 1:
-        raise ValueError(
-            f"x must have two values per feature or more to have a variance, got one: "
-            f"shape {cache.batch.array.shape}, axis {axis}"
-        )
-    cache.count = cache.batch.count
+    cdef Cache cache = measured_cache(x, axis)
     return run_forward(cache, x, gamma, beta, eps, out, True), cache
+
+
+def training_forward(
+    x, running_mean, running_var, double momentum, bint unbiased, gamma, beta, eps, axis, out
+):
+    """`batchnorm_forward` that also updates running statistics, unless the batch is empty."""
+    cdef Cache cache = measured_cache(x, axis)
+    cdef double *mean
+    cdef double *var
+    cdef Memory memory
+    memory.held = 0
+    try:  # held before anything is written: a refused call changes nothing
+        mean = cache.batch.running(&memory, "running_mean", running_mean)
+        var = cache.batch.running(&memory, "running_var", running_var)
+        y = run_forward(cache, x, gamma, beta, eps, out, True)
+        if not cache.empty:
+            cache.update(mean, var, momentum, unbiased)
+    finally:
+        release(&memory)
+    return y, cache
 
 
 def frozen_forward(x, mean, var, gamma, beta, eps, axis, out):
@@ -538,10 +552,24 @@ cdef Block rows_of(Batch batch, Py_ssize_t rows):
     return Block(rows * batch.shape.features * sizeof(double))
 
 
-# Statistics from outside
+# Caches
+
+
+cdef Cache measured_cache(x, axis):
+    """Of statistics that are the batch's own, and still to be measured."""
+    cdef Cache cache = Cache(batch_of(x, axis))
+    cdef Batch batch = cache.batch
+    if batch.count == 1:
+        raise ValueError(
+            f"x must have two values per feature or more to have a variance, got one: "
+            f"shape {batch.array.shape}, axis {axis}"
+        )
+    cache.count = batch.count
+    return cache
 
 
 cdef Cache frozen_cache(x, mean, var, axis):
+    """Of statistics from outside."""
     cdef Cache cache = Cache(batch_of(x, axis))
     cache.count = INFINITY
     memset(cache.row(REST), 0, cache.batch.shape.features * sizeof(double))

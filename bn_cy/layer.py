@@ -1,5 +1,7 @@
 """`BatchNorm`: batch normalization as a layer, with parameters, running statistics and modes."""
 
+import operator
+
 import numpy as np
 
 from bn_cy import functional
@@ -8,8 +10,11 @@ from bn_cy._layout import as_float_dtype, as_index, as_real
 __all__ = ["BatchNorm"]
 
 
-def _entry(store, name, doc):
-    """Return a property that reads and replaces an entry of `params` or `grads`."""
+def _entry(store, name, doc, check):
+    """Return a property that reads and replaces an entry of one of the layer's dictionaries.
+
+    What is stored is what `check` returns for the name, the new value and the current one.
+    """
 
     def get(layer):
         return getattr(layer, store).get(name)
@@ -18,9 +23,53 @@ def _entry(store, name, doc):
         entries = getattr(layer, store)
         if name not in entries:
             raise AttributeError(f"this layer has no {name}")
-        entries[name] = value
+        entries[name] = check(name, value, entries[name])
 
     return property(get, replace, doc=doc)
+
+
+def _checked(name, check, doc):
+    """Return a property that stores what `check` returns for a new value."""
+    private = f"_{name}"
+    return property(
+        operator.attrgetter(private),
+        lambda layer, value: setattr(layer, private, check(value)),
+        doc=doc,
+    )
+
+
+def as_is(name, value, current):
+    """Return the value."""
+    return value
+
+
+def fitted(name, value, current):
+    """Return a value as an array that can take the place of the layer's own."""
+    array = np.require(as_real(name, value), current.dtype, ["C", "W", "A"])
+    if array.shape != current.shape:
+        raise ValueError(f"{name} must have shape {current.shape}, got {array.shape}")
+    return array
+
+
+def checked_momentum(momentum):
+    """Return a momentum from 0 to 1, or None."""
+    if momentum is None:
+        return None
+    try:
+        valid = 0 <= momentum <= 1
+    except TypeError:
+        raise TypeError(f"momentum must be a number or None, got {momentum!r}") from None
+    if not valid:
+        raise ValueError(f"momentum must be from 0 to 1, got {momentum!r}")
+    return momentum
+
+
+def checked_tracked(value):
+    """Return num_batches_tracked as an int."""
+    array = as_real("num_batches_tracked", value)
+    if array.size != 1 or not array >= 0 or array % 1 != 0:
+        raise ValueError(f"num_batches_tracked must be one integer, 0 or more, got {value!r}")
+    return int(array)
 
 
 class BatchNorm:
@@ -58,7 +107,8 @@ class BatchNorm:
     gamma, beta, dgamma, dbeta : array of shape (num_features,) or None
         The same, one by one.
     running_mean, running_var : float64 array of shape (num_features,) or None
-        The running statistics. Always float64: a float32 mean of 1e6 would ruin eval.
+        The running statistics. Always float64, whatever is assigned: a float32 mean of 1e6 would
+        ruin eval.
     num_batches_tracked : int
         Training batches seen.
     training : bool
@@ -108,7 +158,7 @@ class BatchNorm:
             raise ValueError(f"num_features must be at least 1, got {num_features}")
         functional.checked_eps(eps)
         self.eps = eps
-        self.momentum = checked_momentum(momentum)
+        self.momentum = momentum
         self.unbiased = bool(unbiased)
         self.axis = as_index("axis", axis)
         self.dtype = as_float_dtype("dtype", dtype)
@@ -119,20 +169,26 @@ class BatchNorm:
         if shift:
             self.params["beta"] = np.zeros(self.num_features, self.dtype)
         self.grads = dict.fromkeys(self.params)
-        self.running_mean = np.zeros(self.num_features) if track_running_stats else None
-        self.running_var = np.ones(self.num_features) if track_running_stats else None
+        self._running = {}
+        if track_running_stats:
+            self._running["running_mean"] = np.zeros(self.num_features)
+            self._running["running_var"] = np.ones(self.num_features)
         self.num_batches_tracked = 0
         self._cache = None
 
-    gamma = _entry("params", "gamma", "The scale, or None.")
-    beta = _entry("params", "beta", "The shift, or None.")
-    dgamma = _entry("grads", "gamma", "Gradient of the scale, or None.")
-    dbeta = _entry("grads", "beta", "Gradient of the shift, or None.")
+    gamma = _entry("params", "gamma", "The scale, or None.", fitted)
+    beta = _entry("params", "beta", "The shift, or None.", fitted)
+    dgamma = _entry("grads", "gamma", "Gradient of the scale, or None.", as_is)
+    dbeta = _entry("grads", "beta", "Gradient of the shift, or None.", as_is)
+    running_mean = _entry("_running", "running_mean", "The running mean, or None.", fitted)
+    running_var = _entry("_running", "running_var", "The running variance, or None.", fitted)
+    momentum = _checked("momentum", checked_momentum, "Weight of the new batch, or None.")
+    num_batches_tracked = _checked("num_batches_tracked", checked_tracked, "Batches seen.")
 
     @property
     def track_running_stats(self):
         """Whether there are running statistics."""
-        return self.running_mean is not None
+        return bool(self._running)
 
     def forward(self, x, *, out=None):
         """Normalize a batch; in training, update the running statistics.
@@ -158,15 +214,16 @@ class BatchNorm:
         x = np.asarray(x)
         self._check_features(x)
         gamma, beta = self.params.get("gamma"), self.params.get("beta")
-        if self.training or self.running_mean is None:
+        if not self._running:
             y, cache = functional.batchnorm_forward(
                 x, gamma, beta, self.eps, axis=self.axis, out=out
             )
-            if self.training and self.running_mean is not None and not cache.empty:
-                self._track(cache)
+        elif self.training:
+            y, cache = self._track(x, gamma, beta, out)
         else:
+            mean, var = self._running.values()
             y, cache = functional.frozen_forward(
-                x, self.running_mean, self.running_var, gamma, beta, self.eps, self.axis, out
+                x, mean, var, gamma, beta, self.eps, self.axis, out
             )
         self._cache = cache
         return y
@@ -228,7 +285,7 @@ class BatchNorm:
     def reset_running_stats(self):
         """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
         self.num_batches_tracked = 0
-        if self.running_mean is not None:
+        if self._running:
             self.running_mean[:] = 0
             self.running_var[:] = 1
 
@@ -265,9 +322,9 @@ class BatchNorm:
         expected = [*arrays, "num_batches_tracked"] if self.track_running_stats else list(arrays)
         if set(state) != set(expected):
             raise KeyError(f"state must have the keys {expected}, got {list(state)}")
-        loaded = {name: loaded_array(name, state[name], array) for name, array in arrays.items()}
+        loaded = {name: fitted(name, state[name], array) for name, array in arrays.items()}
         if self.track_running_stats:
-            self.num_batches_tracked = loaded_count(state["num_batches_tracked"])
+            self.num_batches_tracked = state["num_batches_tracked"]
         for name, array in arrays.items():
             array[...] = loaded[name]
 
@@ -295,10 +352,17 @@ class BatchNorm:
                 f"got shape {x.shape}"
             )
 
-    def _track(self, cache):
-        self.num_batches_tracked += 1
-        momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        cache.update_running(self.running_mean, self.running_var, momentum, self.unbiased)
+    def _track(self, x, gamma, beta, out):
+        """Normalize by the batch's statistics and take them into the running ones."""
+        tracked = self._num_batches_tracked + 1
+        momentum = 1 / tracked if self._momentum is None else self._momentum
+        mean, var = self._running.values()
+        y, cache = functional.training_forward(
+            x, mean, var, momentum, self.unbiased, gamma, beta, self.eps, self.axis, out
+        )
+        if not cache.empty:
+            self._num_batches_tracked = tracked
+        return y, cache
 
     def _state_arrays(self):
         arrays = {
@@ -308,32 +372,3 @@ class BatchNorm:
             "running_var": self.running_var,
         }
         return {name: array for name, array in arrays.items() if array is not None}
-
-
-def checked_momentum(momentum):
-    """Return a momentum from 0 to 1, or None."""
-    if momentum is None:
-        return None
-    try:
-        valid = 0 <= momentum <= 1
-    except TypeError:
-        raise TypeError(f"momentum must be a number or None, got {momentum!r}") from None
-    if not valid:
-        raise ValueError(f"momentum must be from 0 to 1, got {momentum!r}")
-    return momentum
-
-
-def loaded_array(name, value, current):
-    """Return a value of a state as an array that fits the layer's own."""
-    array = as_real(name, value).astype(current.dtype)
-    if array.shape != current.shape:
-        raise ValueError(f"{name} must have shape {current.shape}, got {array.shape}")
-    return array
-
-
-def loaded_count(value):
-    """Return num_batches_tracked as an int."""
-    array = as_real("num_batches_tracked", value)
-    if array.size != 1 or not array >= 0 or array % 1 != 0:
-        raise ValueError(f"num_batches_tracked must be one integer, 0 or more, got {value!r}")
-    return int(array)

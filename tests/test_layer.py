@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from exact import COMBINATIONS, TOLERANCE, error
 
-from bn_cy import BatchNorm, batchnorm_backward, batchnorm_forward
+from bn_cy import BatchNorm, batchnorm_backward, batchnorm_forward, functional
 
 DTYPES = [np.float32, np.float64]
 KEYS = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
@@ -431,7 +431,112 @@ def test_without_running_statistics(rng):
         layer(x[:1])
 
 
+# What is assigned
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize(
+    "like",
+    [
+        np.ndarray.tolist,
+        np.float32,
+        lambda values: np.repeat(values, 2)[::2],
+        lambda values: np.frombuffer(values.tobytes()),
+    ],
+    ids=["list", "float32", "strided", "read_only"],
+)
+def test_assigned_statistics_are_float64_and_updated(rng, name, like):
+    values = rng.uniform(1, 2, 5).astype(np.float32).astype(np.float64)
+    layer = trained(rng)
+    twin = copy.deepcopy(layer)
+    setattr(layer, name, like(values))
+    getattr(twin, name)[...] = values
+    assert getattr(layer, name).dtype == np.float64
+    x, _ = batch(rng)
+    layer(x), twin(x)
+    assert_same_state(snapshot(layer), snapshot(twin))
+
+
+def test_statistics_are_changed_in_place(rng):
+    layer = trained(rng)
+    mean, var = running(layer)
+    layer.running_mean[...] = 3
+    layer.running_var *= 2
+    layer(batch(rng)[0])
+    assert layer.running_mean is mean
+    assert layer.running_var is var
+
+
+def test_assigned_parameters_have_the_dtype_of_the_layer(rng):
+    layer = BatchNorm(5)
+    layer.gamma, layer.beta = np.full(5, 2.0), [1, 2, 3, 4, 5]
+    assert layer.gamma.dtype == layer.beta.dtype == np.float32
+    x, dout = batch(rng)
+    check_step(layer, exact.Layer(5), x, dout)
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta", "running_mean", "running_var"])
+@pytest.mark.parametrize("value", [None, np.ones(4), np.ones((1, 5)), 1.0, "ones", np.full(5, 1j)])
+def test_unfit_arrays_are_not_assigned(rng, name, value):
+    layer = trained(rng)
+    before = snapshot(layer)
+    with pytest.raises((TypeError, ValueError), match=name):
+        setattr(layer, name, value)
+    assert_same_state(snapshot(layer), before)
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta", "running_mean", "running_var"])
+def test_what_a_layer_lacks_is_not_assigned(name):
+    layer = BatchNorm(5, scale=False, shift=False, track_running_stats=False)
+    with pytest.raises(AttributeError, match=f"no {name}"):
+        setattr(layer, name, np.ones(5))
+    assert getattr(layer, name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("momentum", "a"), ("momentum", 5), ("num_batches_tracked", -1), ("num_batches_tracked", "a")],
+)
+def test_unfit_numbers_are_not_assigned(rng, name, value):
+    layer = trained(rng)
+    before = getattr(layer, name)
+    with pytest.raises((TypeError, ValueError), match=name):
+        setattr(layer, name, value)
+    assert getattr(layer, name) == before
+
+
+def test_gradients_may_be_cleared(rng):
+    layer = BatchNorm(5)
+    x, dout = batch(rng)
+    layer(x)
+    layer.backward(dout)
+    layer.dgamma = layer.dbeta = None
+    assert layer.grads == {"gamma": None, "beta": None}
+
+
 # Refused calls
+
+
+def test_a_forward_that_cannot_update_changes_nothing(rng):
+    x, dout = batch(rng)
+    for name in ("running_mean", "running_var"):
+        layer = trained(rng)
+        layer(x)
+        dx, before, out = layer.backward(dout), snapshot(layer), np.zeros_like(x)
+        getattr(layer, name).flags.writeable = False
+        with pytest.raises(ValueError, match=name):
+            layer.forward(x + 1, out=out)
+        assert np.all(out == 0)
+        assert_same_state(snapshot(layer), before)
+        np.testing.assert_array_equal(layer.backward(dout), dx)
+
+
+@pytest.mark.parametrize("unfit", [None, np.zeros(4), np.zeros(5, np.float32), np.zeros(10)[::2]])
+def test_running_statistics_are_checked_where_they_are_written(rng, unfit):
+    x, _ = batch(rng)
+    for statistics in ((unfit, np.ones(5)), (np.zeros(5), unfit)):
+        with pytest.raises((TypeError, ValueError)):
+            functional.training_forward(x, *statistics, 0.1, True, None, None, 1e-5, 1, None)
 
 
 @pytest.mark.parametrize(
