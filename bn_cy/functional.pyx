@@ -559,7 +559,7 @@ cdef Cache measured_cache(x, axis):
     """Of statistics that are the batch's own, and still to be measured."""
     cdef Cache cache = Cache(batch_of(x, axis))
     cdef Batch batch = cache.batch
-    if batch.count == 1:
+    if batch.count == 1 and batch.size:
         raise ValueError(
             f"x must have two values per feature or more to have a variance, got one: "
             f"shape {batch.array.shape}, axis {axis}"

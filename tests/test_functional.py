@@ -523,11 +523,12 @@ def test_empty_batch(shape, dtype):
     np.testing.assert_array_equal(dbeta, np.zeros(5))
 
 
-def test_no_features():
-    x = np.empty((4, 0), np.float32)
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_no_features(rows):
+    x = np.empty((rows, 0), np.float32)
     y, cache = batchnorm_forward(x, np.ones(0), np.zeros(0))
     dx, dgamma, dbeta = batchnorm_backward(x, cache)
-    assert y.shape == dx.shape == (4, 0)
+    assert y.shape == dx.shape == (rows, 0)
     assert dgamma.shape == dbeta.shape == (0,)
 
 
