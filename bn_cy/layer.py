@@ -67,9 +67,9 @@ def checked_momentum(momentum):
 def checked_tracked(value):
     """Return num_batches_tracked as an int."""
     array = as_real("num_batches_tracked", value)
-    if array.size != 1 or not array >= 0 or array % 1 != 0:
+    if array.size != 1 or not array.item() >= 0 or array.item() % 1 != 0:
         raise ValueError(f"num_batches_tracked must be one integer, 0 or more, got {value!r}")
-    return int(array)
+    return int(array.item())
 
 
 class BatchNorm:
@@ -316,13 +316,17 @@ class BatchNorm:
         KeyError
             If a key is missing or unknown.
         TypeError, ValueError
-            If a value has another shape, or is not of real numbers. The layer is unchanged.
+            If a value has another shape, or is not of real numbers, or if an array of the layer is
+            read-only. The layer is unchanged.
         """
         arrays = self._state_arrays()
         expected = [*arrays, "num_batches_tracked"] if self.track_running_stats else list(arrays)
         if set(state) != set(expected):
             raise KeyError(f"state must have the keys {expected}, got {list(state)}")
         loaded = {name: fitted(name, state[name], array) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            if not array.flags.writeable:
+                raise ValueError(f"{name} cannot be loaded: the layer's array is read-only")
         if self.track_running_stats:
             self.num_batches_tracked = state["num_batches_tracked"]
         for name, array in arrays.items():

@@ -655,6 +655,35 @@ def test_loading_is_all_or_nothing(rng, key, fault):
     assert_same_state(snapshot(layer), before)
 
 
+@pytest.mark.parametrize("count", [7, 7.0, np.array([7]), np.float32(7)])
+def test_loaded_count_may_be_any_one_integer(rng, count):
+    layer = trained(rng)
+    layer.load_state_dict({**layer.state_dict(), "num_batches_tracked": count})
+    assert layer.num_batches_tracked == 7
+    assert type(layer.num_batches_tracked) is int
+
+
+@pytest.mark.parametrize("count", [-1, 0.5, np.inf, np.nan, [3, 4]])
+def test_loaded_count_must_be_one_integer(rng, count):
+    layer = trained(rng)
+    before = snapshot(layer)
+    with pytest.raises(ValueError, match="num_batches_tracked"):
+        layer.load_state_dict({**BatchNorm(5).state_dict(), "num_batches_tracked": count})
+    assert_same_state(snapshot(layer), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("gamma", "weight"), ("beta", "bias"), ("running_mean",) * 2]
+)
+def test_nothing_is_loaded_beside_a_read_only_array(rng, name, key):
+    layer = trained(rng)
+    before = snapshot(layer)
+    getattr(layer, name).flags.writeable = False
+    with pytest.raises(ValueError, match=key):
+        layer.load_state_dict(BatchNorm(5).state_dict())
+    assert_same_state(snapshot(layer), before)
+
+
 def test_unexpected_keys_are_refused(rng):
     layer = trained(rng)
     before = snapshot(layer)
