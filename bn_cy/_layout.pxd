@@ -32,5 +32,6 @@ cdef class Batch:
 
 
 cdef as_array(values)
+cpdef double as_number(str name, value) except? -1
 cdef bint is_same(a, b) except -1
 cdef Batch batch_of(x, axis)

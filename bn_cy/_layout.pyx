@@ -12,6 +12,7 @@ import operator
 import numpy as np
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
+from libc.math cimport INFINITY
 from libc.stdint cimport uintptr_t
 
 from bn_cy._buffers cimport Buffer
@@ -352,6 +353,16 @@ def as_index(name, value):
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+cpdef double as_number(str name, value) except? -1:
+    """Return a number as a double, infinite where it is larger than one."""
+    try:
+        return value
+    except OverflowError:
+        return INFINITY if value > 0 else -INFINITY
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
 def as_float_dtype(name, dtype):

@@ -28,7 +28,7 @@ from libc.string cimport memcpy, memset
 
 from bn_cy._buffers cimport Block
 from bn_cy._kernels cimport GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR, Kernels, Resources
-from bn_cy._layout cimport Batch, Memory, as_array, batch_of, hold, is_same, release
+from bn_cy._layout cimport Batch, Memory, as_array, as_number, batch_of, hold, is_same, release
 
 __all__ = [
     "Moments",
@@ -597,20 +597,17 @@ cdef int describe(Cache cache, gamma, eps) except -1:
 
 cpdef double checked_eps(eps) except -1:
     """Return eps as a number that can be added to a variance."""
-    cdef double value
-    try:
-        value = eps
-    except TypeError:
-        raise TypeError(f"eps must be a number, got {eps!r}") from None
+    cdef double value = as_number("eps", eps)
     if not 0 <= value < INFINITY:
         raise ValueError(f"eps must be finite and not negative, got {eps!r}")
     return value
 
 
 cdef double checked_count(count, bint empty) except -1:
-    if not (count > 0 or empty):
+    cdef double value = as_number("count", count)
+    if not (value > 0 or empty):
         raise ValueError(f"count must be positive, got {count!r}")
-    return count
+    return value
 
 
 cdef int check_backward_target(out, x, dout) except -1:

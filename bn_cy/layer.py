@@ -5,7 +5,7 @@ import operator
 import numpy as np
 
 from bn_cy import functional
-from bn_cy._layout import as_float_dtype, as_index, as_real
+from bn_cy._layout import as_float_dtype, as_index, as_number, as_real
 
 __all__ = ["BatchNorm"]
 
@@ -55,13 +55,10 @@ def checked_momentum(momentum):
     """Return a momentum from 0 to 1, or None."""
     if momentum is None:
         return None
-    try:
-        valid = 0 <= momentum <= 1
-    except TypeError:
-        raise TypeError(f"momentum must be a number or None, got {momentum!r}") from None
-    if not valid:
+    value = as_number("momentum", momentum)
+    if not 0 <= value <= 1:
         raise ValueError(f"momentum must be from 0 to 1, got {momentum!r}")
-    return momentum
+    return value
 
 
 def checked_tracked(value):

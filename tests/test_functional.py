@@ -473,6 +473,33 @@ def test_negative_or_nan_eps(rng, eps):
         gradient_sums(x, x, *statistics, eps=eps)
 
 
+@pytest.mark.parametrize("value", [None, "1", 1j, np.ones(2), [1.0]], ids=repr)
+def test_what_is_no_number(rng, value):
+    x = exact.ordinary(rng, (5, 7))
+    statistics, sums = (np.zeros(7), np.ones(7)), (np.zeros(7), np.zeros(7))
+    with refused(TypeError, "eps", repr(value)):
+        batchnorm_forward(x, eps=value)
+    with refused(TypeError, "eps", repr(value)):
+        input_gradient(x, x, *statistics, None, value, *sums, 5)
+    with refused(TypeError, "count", repr(value)):
+        input_gradient(x, x, *statistics, None, 1e-5, *sums, value)
+
+
+@pytest.mark.parametrize("count", [0, -1, float("nan"), -(10**400)])
+def test_count_must_be_positive(rng, count):
+    x = exact.ordinary(rng, (5, 7))
+    with refused(ValueError, "count", str(count)):
+        input_gradient(x, x, np.zeros(7), np.ones(7), None, 1e-5, x[0], x[0], count)
+
+
+def test_numbers_beyond_a_double(rng):
+    x = exact.ordinary(rng, (5, 7))
+    form = x, x, np.zeros(7), np.ones(7), None, 1e-5, x[0], x[0]
+    np.testing.assert_array_equal(input_gradient(*form, 10**400), input_gradient(*form, np.inf))
+    with refused(ValueError, "eps"):
+        batchnorm_forward(x, eps=10**400)
+
+
 @pytest.mark.parametrize("shape", [(1, 7), (1, 7, 1, 1)])
 def test_one_value_per_feature(rng, shape):
     x = rng.standard_normal(shape)

@@ -176,6 +176,8 @@ def test_absent_parameters_have_no_gradients(rng, scale, shift):
         ({"momentum": -0.1}, "momentum"),
         ({"momentum": 1.5}, "momentum"),
         ({"momentum": float("nan")}, "momentum"),
+        ({"momentum": "0.1"}, "momentum"),
+        ({"momentum": np.full(2, 0.1)}, "momentum"),
         ({"dtype": np.float16}, "float16"),
         ({"dtype": np.int32}, "int32"),
         ({"axis": 1.5}, "axis"),
