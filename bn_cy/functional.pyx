@@ -160,7 +160,7 @@ def batchnorm_forward(x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
            [ 1.,  1.]])
     """
     cdef Cache cache = measured_cache(x, axis)
-    return run_forward(cache, x, gamma, beta, eps, out, True), cache
+    return run_forward(cache, x, gamma, beta, eps, out, True, True), cache
 
 
 def training_forward(
@@ -175,7 +175,7 @@ def training_forward(
     try:  # held before anything is written: a refused call changes nothing
         mean = cache.batch.running(&memory, "running_mean", running_mean)
         var = cache.batch.running(&memory, "running_var", running_var)
-        y = run_forward(cache, x, gamma, beta, eps, out, True)
+        y = run_forward(cache, x, gamma, beta, eps, out, True, True)
         if not cache.empty:
             cache.update(mean, var, momentum, unbiased)
     finally:
@@ -186,7 +186,7 @@ def training_forward(
 def frozen_forward(x, mean, var, gamma, beta, eps, axis, out):
     """Normalize by given statistics; return (y, cache) as `batchnorm_forward` does."""
     cdef Cache cache = frozen_cache(x, mean, var, axis)
-    return run_forward(cache, x, gamma, beta, eps, out, False), cache
+    return run_forward(cache, x, gamma, beta, eps, out, False, True), cache
 
 
 def batchnorm_backward(dout, Cache cache not None, *, out=None):
@@ -285,8 +285,10 @@ def normalize(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None
         The batch.
     mean, var : array of shape (features,)
         The statistics; used in float64.
-    gamma, beta, eps, axis, out
+    gamma, beta, eps, axis
         As in `batchnorm_forward`.
+    out : array of x's shape and dtype, optional
+        Where to write `y`. It may be `x` itself; it may not overlap it otherwise.
 
     Returns
     -------
@@ -306,7 +308,8 @@ def normalize(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None
     array([[-1.],
            [ 1.]])
     """
-    return frozen_forward(x, mean, var, gamma, beta, eps, axis, out)[0]
+    cdef Cache cache = frozen_cache(x, mean, var, axis)
+    return run_forward(cache, x, gamma, beta, eps, out, False, False)
 
 
 def gradient_sums(dout, x, mean, var, eps=1e-5, *, axis=1):
@@ -410,8 +413,8 @@ def input_gradient(
 # Running the kernels
 
 
-cdef run_forward(Cache cache, x, gamma, beta, eps, out, bint measure):
-    """Check what is left, allocate y, fill statistics and y."""
+cdef run_forward(Cache cache, x, gamma, beta, eps, out, bint measure, bint backward):
+    """Check what is left, allocate y, fill statistics and y; keep x if there may be a backward."""
     cdef Batch batch = cache.batch
     cdef double added = checked_eps(eps)
     cdef const void *scale
@@ -423,8 +426,7 @@ cdef run_forward(Cache cache, x, gamma, beta, eps, out, bint measure):
         shift = batch.parameter(&memory, "beta", beta)
         y = batch.target(out)
         if out is not None:
-            message = "out may not share memory with x, which the backward needs"
-            check_apart(out, as_array(x), message)
+            check_forward_target(out, as_array(x), backward)
         launch_forward(cache, hold(&memory, y).buf, scale, shift, added, measure)
     finally:
         release(&memory)
@@ -608,6 +610,15 @@ cdef double checked_count(count, bint empty) except -1:
     if not (value > 0 or empty):
         raise ValueError(f"count must be positive, got {count!r}")
     return value
+
+
+cdef int check_forward_target(out, x, bint backward) except -1:
+    """Refuse a y that would overwrite x before it was read for the last time."""
+    if backward:
+        check_apart(out, x, "out may not share memory with x, which the backward needs")
+    elif not is_same(out, x):
+        check_apart(out, x, "out may be x itself, but may not overlap it otherwise")
+    return 0
 
 
 cdef int check_backward_target(out, x, dout) except -1:

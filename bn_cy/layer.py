@@ -218,7 +218,7 @@ class BatchNorm:
         elif self.training:
             y, cache = self._track(x, gamma, beta, out)
         else:
-            mean, var = self._running.values()
+            mean, var = self._running["running_mean"], self._running["running_var"]
             y, cache = functional.frozen_forward(
                 x, mean, var, gamma, beta, self.eps, self.axis, out
             )
@@ -357,7 +357,7 @@ class BatchNorm:
         """Normalize by the batch's statistics and take them into the running ones."""
         tracked = self._num_batches_tracked + 1
         momentum = 1 / tracked if self._momentum is None else self._momentum
-        mean, var = self._running.values()
+        mean, var = self._running["running_mean"], self._running["running_var"]
         y, cache = functional.training_forward(
             x, mean, var, momentum, self.unbiased, gamma, beta, self.eps, self.axis, out
         )

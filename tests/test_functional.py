@@ -13,6 +13,7 @@ import bn_cy
 from bn_cy import (
     batchnorm_backward,
     batchnorm_forward,
+    functional,
     gradient_sums,
     input_gradient,
     moments,
@@ -287,6 +288,35 @@ def test_backward_in_place(rng, case, layout):
     gradients = batchnorm_backward(out, cache, out=out)
     assert gradients[0] is out
     check_backward(gradients, dout, x, gamma, beta, 1e-5, axis)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "read_only"])
+@pytest.mark.parametrize("case", LAYOUT_CASES + BIG_IMAGE_CASES, ids=case_id)
+def test_normalize_in_place(rng, case, layout, dtype):
+    shape, axis = case
+    x, _, gamma, beta = draw(rng, shape, axis, dtype)
+    statistics = rng.standard_normal(shape[axis]), rng.uniform(0.1, 3, shape[axis])
+    out = LAYOUTS[layout](x.copy())
+    y = normalize(out, *statistics, gamma, beta, axis=axis)
+    assert normalize(out, *statistics, gamma, beta, axis=axis, out=out) is out
+    np.testing.assert_array_equal(out, y)
+
+
+def test_normalize_into_memory_that_overlaps_x(rng):
+    memory = exact.ordinary(rng, (21, 5))
+    kept = memory.copy()
+    above, below = memory[:-1], memory[1:]
+    for x, out in ((above, below), (below, above), (above, above[::-1])):
+        with refused(ValueError, "out may be x itself"):
+            normalize(x, np.zeros(5), np.ones(5), out=out)
+    np.testing.assert_array_equal(memory, kept)
+
+
+def test_frozen_forward_with_a_backward_keeps_x(rng):
+    x = exact.ordinary(rng, (20, 5))
+    with refused(ValueError, "out", "x", "backward"):
+        functional.frozen_forward(x, np.zeros(5), np.ones(5), None, None, 1e-5, 1, x)
 
 
 def test_backward_into_memory_that_overlaps_dout(rng):

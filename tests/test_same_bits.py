@@ -9,7 +9,7 @@ import pytest
 from digests import CASES, digest
 from exact import LAYOUTS, parameters
 
-from bn_cy import BatchNorm, functional, moments, set_num_threads
+from bn_cy import BatchNorm, functional, moments, normalize, set_num_threads
 
 DTYPES = [np.float32, np.float64]
 
@@ -101,6 +101,21 @@ def test_outputs_through_and_past_the_cache(rng, stream_from, shape, axis, dtype
         for threads in (1, 2, 5):
             set_num_threads(threads)
             assert step(x, dout, gamma, beta, axis, beginning_at(x, shift)) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), PATHS)
+def test_normalize_in_place(rng, stream_from, shape, axis, dtype):
+    x, _, gamma, beta = draw(rng, shape, axis, dtype)
+    _, *statistics = moments(x, axis=axis)
+    expected = digest(normalize(x, *statistics, gamma, beta, axis=axis))
+    for size in (0, 1 << 60):
+        stream_from(size)
+        for threads in (1, 2, 5):
+            set_num_threads(threads)
+            out = beginning_at(x, 3)
+            normalize(out, *statistics, gamma, beta, axis=axis, out=out)
+            assert digest(out) == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
