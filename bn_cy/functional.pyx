@@ -23,11 +23,11 @@ from bn_cy._openmp import cpu
 from bn_cy._threads import get_num_threads
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.math cimport INFINITY, sqrt
+from libc.math cimport INFINITY
 from libc.string cimport memcpy, memset
 
 from bn_cy._buffers cimport Block
-from bn_cy._kernels cimport GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR, Kernels, Resources
+from bn_cy._kernels cimport MEAN, REST, STATISTICS, VAR, Kernels, Resources
 from bn_cy._layout cimport Batch, Memory, as_array, as_number, batch_of, hold, is_same, release
 
 __all__ = [
@@ -581,16 +581,15 @@ cdef Cache frozen_cache(x, mean, var, axis):
 
 
 cdef int describe(Cache cache, gamma, eps) except -1:
-    """Fill the rows that the second pass of a forward would have filled."""
+    """Fill the rows that a forward would have filled: it is one without an output."""
     cdef double added = checked_eps(eps)
-    cdef double *invstd = cache.row(INVSTD)
-    cdef const double *var = cache.row(VAR)
-    cdef Py_ssize_t f
-    for f in range(cache.batch.shape.features):
-        invstd[f] = 1 / sqrt(var[f] + added)
-    if gamma is None:
-        gamma = np.ones(cache.batch.shape.features)
-    cache.batch.row(cache.row(GAMMA), "gamma", gamma)
+    cdef Memory memory
+    memory.held = 0
+    try:
+        launch_forward(
+            cache, NULL, cache.batch.parameter(&memory, "gamma", gamma), NULL, added, False)
+    finally:
+        release(&memory)
     return 0
 
 

@@ -762,6 +762,18 @@ def test_pieces_compose_to_forward_and_backward(rng, case, layout, scale, dtype)
     check_backward((dx, dgamma, sum_dout), dout, x, gamma, beta, 1e-5, axis)
 
 
+@pytest.mark.parametrize("gamma_dtype", DTYPES)
+def test_pieces_have_the_bits_of_the_backward(rng, gamma_dtype):
+    x, dout, gamma, _ = draw(rng, (257, 37), 1, np.float32)
+    gamma = rng.uniform(0.5, 2, 37).astype(gamma_dtype)
+    dx, dgamma, _ = batchnorm_backward(dout, batchnorm_forward(x, gamma)[1])
+    count, mean, var = moments(x)
+    sums = gradient_sums(dout, x, mean, var)
+    pieces = input_gradient(dout, x, mean, var, gamma, 1e-5, *sums, count)
+    np.testing.assert_array_equal(pieces, dx)
+    np.testing.assert_array_equal(sums[1].astype(np.float32), dgamma)
+
+
 def test_gradient_of_a_batch_in_two_parts(rng):
     x, dout, gamma, beta = draw(rng, (100, 16), 1, np.float64)
     mean, var = moments(x)[1:]
