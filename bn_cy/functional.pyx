@@ -298,7 +298,7 @@ def normalize(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None
     Raises
     ------
     TypeError, ValueError
-        As `batchnorm_forward`; one value per feature is allowed.
+        As `batchnorm_forward`, and if a variance is negative; one value per feature is allowed.
 
     Examples
     --------
@@ -332,7 +332,7 @@ def gradient_sums(dout, x, mean, var, eps=1e-5, *, axis=1):
     Raises
     ------
     TypeError, ValueError
-        If a shape, a dtype, `axis` or `eps` does not fit.
+        If a shape, a dtype, `axis` or `eps` does not fit, or if a variance is negative.
 
     Examples
     --------
@@ -386,7 +386,8 @@ def input_gradient(
     Raises
     ------
     TypeError, ValueError
-        If a shape, a dtype, `axis`, `eps`, `count` or `out` does not fit.
+        If a shape, a dtype, `axis`, `eps`, `count` or `out` does not fit, or if a variance is
+        negative.
 
     Examples
     --------
@@ -577,6 +578,7 @@ cdef Cache frozen_cache(x, mean, var, axis):
     memset(cache.row(REST), 0, cache.batch.shape.features * sizeof(double))
     cache.batch.row(cache.row(MEAN), "mean", mean)
     cache.batch.row(cache.row(VAR), "var", var)
+    refuse_negative("var", cache.row(VAR), cache.batch.shape.features)
     return cache
 
 
@@ -609,6 +611,24 @@ cdef double checked_count(count, bint empty) except -1:
     if not (value > 0 or empty):
         raise ValueError(f"count must be positive, got {count!r}")
     return value
+
+
+def check_variance(str name, const double[::1] var):
+    """Refuse a value below 0; NaN is let through."""
+    refuse_negative(name, &var[0], var.shape[0])
+
+
+cdef int refuse_negative(str name, const double *var, Py_ssize_t features) except -1:
+    cdef bint negative = False
+    cdef Py_ssize_t f
+    for f in range(features):  # to the end: as vectors
+        negative |= var[f] < 0
+    if not negative:
+        return 0
+    f = 0
+    while not var[f] < 0:
+        f += 1
+    raise ValueError(f"{name} must not be negative, got {var[f]} at feature {f}")
 
 
 cdef int check_forward_target(out, x, bint backward) except -1:

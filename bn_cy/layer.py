@@ -48,6 +48,8 @@ def fitted(name, value, current):
     array = np.require(as_real(name, value), current.dtype, ["C", "W", "A"])
     if array.shape != current.shape:
         raise ValueError(f"{name} must have shape {current.shape}, got {array.shape}")
+    if name == "running_var":
+        functional.check_variance(name, array)
     return array
 
 
@@ -313,8 +315,8 @@ class BatchNorm:
         KeyError
             If a key is missing or unknown.
         TypeError, ValueError
-            If a value has another shape, or is not of real numbers, or if an array of the layer is
-            read-only. The layer is unchanged.
+            If a value has another shape, or is not of real numbers, if a variance is negative, or
+            if an array of the layer is read-only. The layer is unchanged.
         """
         arrays = self._state_arrays()
         expected = [*arrays, "num_batches_tracked"] if self.track_running_stats else list(arrays)

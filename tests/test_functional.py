@@ -483,6 +483,22 @@ def test_statistics_of_a_wrong_shape(rng, name):
         gradient_sums(x, x, **statistics)
 
 
+def test_negative_variance(rng):
+    x = exact.ordinary(rng, (5, 37))
+    mean, var = np.zeros(37), np.ones(37)
+    var[[30, 33]] = -1e-300, -2
+    for call in (
+        lambda var: normalize(x, mean, var),
+        lambda var: gradient_sums(x, x, mean, var)[1],
+        lambda var: input_gradient(x, x, mean, var, None, 1e-5, mean, mean, 5),
+    ):
+        with refused(ValueError, "var", "negative", "-1e-300", "30"):
+            call(var)
+        nan = np.isnan(call(np.where(var < 0, np.nan, 1)))
+        np.testing.assert_array_equal(nan, np.broadcast_to(var < 0, nan.shape))
+        assert not np.any(np.isnan(call(np.full(37, -0.0))))
+
+
 @pytest.mark.parametrize("name", ["sum_dout", "sum_dout_xhat"])
 def test_sums_of_a_wrong_shape(rng, name):
     x = exact.ordinary(rng, (5, 7))

@@ -487,6 +487,17 @@ def test_unfit_arrays_are_not_assigned(rng, name, value):
     assert_same_state(snapshot(layer), before)
 
 
+def test_negative_variances_are_refused(rng):
+    layer = trained(rng)
+    before = snapshot(layer)
+    negative = np.array([1, np.nan, 1, -2, 1])
+    with pytest.raises(ValueError, match=r"running_var .*negative.*-2.* 3"):
+        layer.running_var = negative
+    with pytest.raises(ValueError, match=r"running_var .*negative.*-2.* 3"):
+        layer.load_state_dict({**layer.state_dict(), "running_var": negative})
+    assert_same_state(snapshot(layer), before)
+
+
 @pytest.mark.parametrize("name", ["gamma", "beta", "running_mean", "running_var"])
 def test_what_a_layer_lacks_is_not_assigned(name):
     layer = BatchNorm(5, scale=False, shift=False, track_running_stats=False)
