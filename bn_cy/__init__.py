@@ -1,10 +1,9 @@
 """Batch normalization for NumPy, in compiled loops."""
 
-from importlib.metadata import version as _version
-
 from bn_cy import reference
 from bn_cy._config import show_config
 from bn_cy._threads import get_num_threads, set_num_threads
+from bn_cy._version import __version__
 from bn_cy.functional import (
     Moments,
     batchnorm_backward,
@@ -15,8 +14,6 @@ from bn_cy.functional import (
     normalize,
 )
 from bn_cy.layer import BatchNorm
-
-__version__ = _version("bn_cy")
 
 __all__ = [
     "BatchNorm",

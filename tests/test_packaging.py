@@ -68,6 +68,8 @@ def test_configuration_says_truly_whether_openmp_is_in(tmp_path):
 
 def test_import_is_light(tmp_path):
     code = "import sys, bn_cy; print(*sys.modules)"
-    loaded = {name.partition(".")[0] for name in run_python(code, tmp_path)}
+    modules = run_python(code, tmp_path)
+    loaded = {name.partition(".")[0] for name in modules}
     heavy = {"jax", "matplotlib", "mpi4py", "scipy", "sklearn", "torch", "tqdm", "Cython"}
     assert not loaded & heavy
+    assert "importlib.metadata" not in modules
