@@ -6,4 +6,5 @@ cdef class Block:
 
 cdef class Buffer:
     cdef Block block
+    cdef size_t size
     cdef object pool

@@ -3,10 +3,13 @@
 A fresh array of 64 MB costs several times its batch norm in page faults. Here the memory of an
 output that nobody holds any longer serves the next one. A `Buffer` owns one block and is the base
 of the array (and of every view of it); when the last of them goes, the buffer dies and its block
-goes back to the pool.
+goes back to the pool. There it waits for an output of its size or a little less, among the BLOCKS
+that were given back last, which have a quarter of the memory at the most.
 """
 
+import contextlib
 import os
+from pathlib import Path
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
@@ -27,6 +30,10 @@ cdef extern from *:
 cdef enum:
     ALIGNMENT = 64           # a cache line: what non-temporal stores need
     HUGE_PAGE = 2 * 1024 * 1024
+    BLOCKS = 16              # free ones, at the most: what the layers of a step give back
+
+
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @cython.freelist(8)
@@ -49,36 +56,45 @@ cdef class Block:
 
 
 class Pool:
-    """Free blocks, the most recently used last; at most `limit` bytes of them."""
+    """Free blocks, the most recently used last; at most BLOCKS, and `limit` bytes, of them."""
 
     def __init__(self, limit):
         self.limit = limit
         self.free = []
 
     def take(self, size):
-        """Return the last free block of this size, or a new one."""
+        """Return the last free block of this size or up to a quarter more, or a new one."""
         for i in range(len(self.free) - 1, -1, -1):
-            if self.free[i].size == size:
+            if size <= self.free[i].size <= size + size // 4:
                 return self.free.pop(i)
         return Block(size)
 
     def give(self, block):
-        """Keep a block for the next output; let the ones longest unused go."""
+        """Keep a block for a later output; let the ones longest unused go."""
         self.free.append(block)
         held = sum(kept.size for kept in self.free)
-        while held > self.limit:
+        while held > self.limit or len(self.free) > BLOCKS:
             held -= self.free.pop(0).size
 
 
-def _memory():
-    """Return the bytes of memory of this machine, or 4 GiB where the system does not tell."""
+def memory_of_machine():
+    """Return the bytes of memory, or 4 GiB where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return 4 << 30
 
 
-POOL = Pool(_memory() // 4)
+def memory_limit(folder=CGROUPS):
+    """Return how many bytes this process may have: those of the machine, or of a container."""
+    limit = memory_of_machine()
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2, and 1
+        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit: "max"
+            limit = min(limit, int((folder / name).read_text()))
+    return limit
+
+
+POOL = Pool(memory_limit() // 4)
 
 
 @cython.final
@@ -88,10 +104,11 @@ cdef class Buffer:
 
     def __cinit__(self, size_t size, pool=POOL):
         self.pool = pool
+        self.size = size
         self.block = pool.take(size)
 
     def __getbuffer__(self, Py_buffer *view, int flags):
-        PyBuffer_FillInfo(view, self, self.block.start, self.block.size, False, flags)
+        PyBuffer_FillInfo(view, self, self.block.start, self.size, False, flags)
 
     def __dealloc__(self):
         if self.block is not None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from bn_cy._buffers import Buffer, Pool
+from bn_cy._buffers import POOL, Buffer, Pool, memory_limit
 
 from bn_cy import batchnorm_forward
 
@@ -51,6 +51,52 @@ def test_pool_takes_the_last_free_block_of_the_size():
     again = Buffer(100, pool)
     assert [block.size for block in pool.free] == [200]
     assert memoryview(again).nbytes == 100
+
+
+def test_pool_gives_a_block_that_is_little_larger():
+    pool = Pool(limit=1 << 20)
+    Buffer(100, pool)
+    smaller = Buffer(80, pool)
+    assert pool.free == []
+    assert memoryview(smaller).nbytes == 80
+    del smaller
+    kept = Buffer(79, pool), Buffer(101, pool)
+    assert [block.size for block in pool.free] == [100]
+    assert [memoryview(buffer).nbytes for buffer in kept] == [79, 101]
+
+
+def test_pool_keeps_few_blocks():
+    pool = Pool(limit=1 << 20)
+    for size in range(100, 10000, 200):
+        Buffer(size, pool)
+    assert len(pool.free) == 16
+    assert pool.free[-1].size == 9900
+
+
+def test_blocks_of_a_gigabyte_are_recycled_on_a_large_machine():
+    pool = Pool(limit=4 << 30)
+    buffers = [Buffer(1 << 30, pool) for _ in range(3)]  # never touched: address space alone
+    starts = {np.frombuffer(buffer, np.uint8).ctypes.data for buffer in buffers}
+    del buffers[:]
+    again = [Buffer(1 << 30, pool) for _ in range(3)]
+    assert {np.frombuffer(buffer, np.uint8).ctypes.data for buffer in again} == starts
+
+
+def test_varying_batches_leave_little_in_the_pool(rng):
+    x = rng.standard_normal((1500, 64), np.float32)
+    for rows in range(1100, 1500, 7):
+        batchnorm_forward(x[:rows])
+    assert len(POOL.free) <= 16
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_memory_limit_of_a_container(tmp_path, name):
+    whole = memory_limit(tmp_path)
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    for text, expected in (("65536\n", 65536), ("max\n", whole), (f"{1 << 63}\n", whole)):
+        file.write_text(text)
+        assert memory_limit(tmp_path) == expected
 
 
 def test_pool_lets_the_oldest_go_beyond_its_limit():
