@@ -10,6 +10,36 @@ import os
 
 from bn_cy._openmp import cpu
 
+NEEDS = {
+    "v2": "SSE4.2 and POPCNT",
+    "v3": "AVX2, FMA, BMI1 and BMI2",
+    "v4": "AVX-512 F, BW, CD, DQ and VL",
+}
+
+
+def supported_variants(built, levels):
+    """Return the names of the variants that run on this processor, best first.
+
+    Parameters
+    ----------
+    built : list of str
+        The variants that were built, from the least demanding on.
+    levels : list of str
+        The x86-64 levels that this processor runs, best first.
+
+    Raises
+    ------
+    ImportError
+        If it runs none of those that were built.
+    """
+    supported = [name for name in (*levels, "plain") if name in built]
+    if not supported:
+        raise ImportError(
+            f"bn_cy was built for x86-64-{', '.join(built)}, and this processor runs none of "
+            f"these: it lacks {NEEDS[built[0]]}, or a part of them"
+        )
+    return supported
+
 
 def choose_variant(forced, supported):
     """Return the name of the variant to load.
@@ -33,7 +63,7 @@ def choose_variant(forced, supported):
     return forced or supported[0]
 
 
-SUPPORTED = [level for level in cpu.supported_levels() if level in cpu.BUILT] or ["plain"]
+SUPPORTED = supported_variants(cpu.BUILT, cpu.supported_levels())
 VARIANT = choose_variant(os.environ.get("BN_CY_ISA", ""), SUPPORTED)
 
 # A variant that is broken is an error and not a reason to take another.
