@@ -6,7 +6,7 @@ cdef struct Memory:  # the arrays that one call has taken hold of
     int held
 
 
-cdef Py_buffer *hold(Memory *memory, array) except NULL
+cdef Py_buffer *hold(Memory *memory, str name, array) except NULL
 cdef void release(Memory *memory) noexcept
 
 

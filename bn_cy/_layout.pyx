@@ -27,10 +27,10 @@ cdef object FLOAT32 = np.dtype(np.float32)
 cdef object FLOAT64 = np.dtype(np.float64)
 
 
-cdef Py_buffer *hold(Memory *memory, array) except NULL:
+cdef Py_buffer *hold(Memory *memory, str name, array) except NULL:
     """Take hold of an array's memory until `release`."""
     cdef Py_buffer *view = &memory.views[memory.held]
-    see_array(view, array)
+    see_array(view, name, array)
     memory.held += 1
     return view
 
@@ -41,11 +41,11 @@ cdef void release(Memory *memory) noexcept:
         PyBuffer_Release(&memory.views[memory.held])
 
 
-cdef int see_array(Py_buffer *view, array) except -1:
+cdef int see_array(Py_buffer *view, str name, array) except -1:
     try:
         PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_FORMAT)
     except (ValueError, BufferError):  # a dtype without a buffer, as that of dates
-        raise TypeError(f"expected an array of float32 or float64, got {array.dtype}") from None
+        raise TypeError(f"{name} must be of float32 or float64, got {array.dtype}") from None
     return 0
 
 
@@ -106,7 +106,7 @@ def check_apart(out, array, message):
     cdef bint apart
     memory.held = 0
     try:
-        apart = are_apart(hold(&memory, out), hold(&memory, array))
+        apart = are_apart(hold(&memory, "out", out), hold(&memory, "array", array))
     finally:
         release(&memory)
     if not apart and np.shares_memory(out, array):
@@ -122,7 +122,7 @@ cdef bint is_same(a, b) except -1:
     cdef int i
     memory.held = 0
     try:
-        first, second = hold(&memory, a), hold(&memory, b)
+        first, second = hold(&memory, "a", a), hold(&memory, "b", b)
         same = first.buf == second.buf and first.ndim == second.ndim
         if same:
             for i in range(first.ndim):
@@ -171,7 +171,7 @@ cdef class Batch:
         """Take hold of the array, or of a copy where the kernels cannot take it as it is."""
         cdef int order[DIMENSIONS]
         cdef int k, at
-        see_array(&self.view, self.array)
+        see_array(&self.view, "x", self.array)
         self.held = True
         if (
             kind_of(&self.view) == 0
@@ -181,7 +181,7 @@ cdef class Batch:
             self.held = False
             PyBuffer_Release(&self.view)
             self.array = native("x", self.array)
-            see_array(&self.view, self.array)
+            see_array(&self.view, "x", self.array)
             self.held = True
             fills_memory(&self.view, order)
         self.double_precision = kind_of(&self.view) == b"d"
@@ -241,15 +241,15 @@ cdef class Batch:
         """The memory of dout, or of a copy in x's memory order."""
         cdef Py_buffer *view
         dout = as_array(dout)
-        view = hold(memory, dout)
+        view = hold(memory, "dout", dout)
         if kind_of(view) == 0:
             dout = native("dout", dout)
-            view = hold(memory, dout)
+            view = hold(memory, "dout", dout)
         self.check_shape("dout", dout, view)
         if not self.is_like(view):
             copy = self.empty()
             copy[...] = dout
-            view = hold(memory, copy)
+            view = hold(memory, "dout", copy)
         return view.buf
 
     cdef object target(self, out):
@@ -264,7 +264,7 @@ cdef class Batch:
             raise ValueError("out must be writable, got a read-only array")
         memory.held = 0
         try:
-            self.check_shape("out", out, hold(&memory, out))
+            self.check_shape("out", out, hold(&memory, "out", out))
             direct = self.is_like(&memory.views[0])
         finally:
             release(&memory)
@@ -277,10 +277,10 @@ cdef class Batch:
             return NULL
         if type(values) is not ndarray:
             values = as_real(name, values)
-        view = hold(memory, values)
+        view = hold(memory, name, values)
         if view.ndim != 1 or kind_of(view) != kind_of(&self.view) or not is_contiguous(view):
             values = np.array(as_real(name, values), self.dtype(), order="C")
-            view = hold(memory, values)
+            view = hold(memory, name, values)
         if view.ndim != 1 or view.shape[0] != self.shape.features:
             raise ValueError(
                 f"{name} must have shape ({self.shape.features},), one value per feature, "
@@ -290,7 +290,7 @@ cdef class Batch:
 
     cdef double *running(self, Memory *memory, str name, array) except NULL:
         """The memory of one float64 value per feature, to be updated."""
-        cdef Py_buffer *view = hold(memory, array)
+        cdef Py_buffer *view = hold(memory, name, array)
         if (
             view.readonly
             or kind_of(view) != b"d"
@@ -330,7 +330,6 @@ cdef Batch batch_of(x, axis):
 
 cdef int checked_axis(array, axis) except -1:
     cdef Py_ssize_t dimensions = array.ndim
-    cdef Py_ssize_t index
     if dimensions < 2:
         raise ValueError(f"x must have two dimensions or more, got shape {array.shape}")
     index = as_index("axis", axis)

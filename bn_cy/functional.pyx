@@ -89,10 +89,11 @@ cdef class Cache:
 
     cdef row_array(self, int name):
         """A row as an array."""
+        cdef Py_ssize_t features = self.batch.shape.features
         cdef Memory memory
-        array = new_array(self.batch.shape.features)
+        array = new_array(features)
         memory.held = 0
-        memcpy(hold(&memory, array).buf, self.row(name), self.batch.shape.features * sizeof(double))
+        memcpy(hold(&memory, "row", array).buf, self.row(name), features * sizeof(double))
         release(&memory)
         return array
 
@@ -349,7 +350,7 @@ def gradient_sums(dout, x, mean, var, eps=1e-5, *, axis=1):
     memory.held = 0
     try:
         launch_backward(
-            cache, NULL, NULL, NULL, <double *>hold(&memory, sums).buf,
+            cache, NULL, NULL, NULL, <double *>hold(&memory, "sums", sums).buf,
             cache.batch.gradient(&memory, dout), True)
     finally:
         release(&memory)
@@ -428,7 +429,7 @@ cdef run_forward(Cache cache, x, gamma, beta, eps, out, bint measure, bint backw
         y = batch.target(out)
         if out is not None:
             check_forward_target(out, as_array(x), backward)
-        launch_forward(cache, hold(&memory, y).buf, scale, shift, added, measure)
+        launch_forward(cache, hold(&memory, "y", y).buf, scale, shift, added, measure)
     finally:
         release(&memory)
     cache.scaled, cache.shifted = gamma is not None, beta is not None
@@ -445,12 +446,12 @@ cdef run_backward(Cache cache, dout, dgamma, dbeta, double *sums, bint measure, 
     memory.held = 0
     try:
         upstream = batch.gradient(&memory, dout)
-        scale = NULL if dgamma is None else hold(&memory, dgamma).buf
-        shift = NULL if dbeta is None else hold(&memory, dbeta).buf
+        scale = NULL if dgamma is None else hold(&memory, "dgamma", dgamma).buf
+        shift = NULL if dbeta is None else hold(&memory, "dbeta", dbeta).buf
         dx = batch.target(out)
         if out is not None:
             check_backward_target(out, batch.array, as_array(dout))
-        launch_backward(cache, hold(&memory, dx).buf, scale, shift, sums, upstream, measure)
+        launch_backward(cache, hold(&memory, "dx", dx).buf, scale, shift, sums, upstream, measure)
     finally:
         release(&memory)
     return delivered(dx, out)
