@@ -122,8 +122,8 @@ def batchnorm_forward(x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
     ----------
     x : array of float32 or float64, two dimensions or more
         The batch. The cache refers to it: it must not change before the backward.
-    gamma, beta : array of shape (features,), optional
-        Scale and shift; None: absent.
+    gamma, beta : array of shape (features,) and any real dtype, optional
+        Scale and shift, rounded to x's dtype; None: absent.
     eps : float, optional
         Added to the variance.
     axis : int, optional
@@ -141,7 +141,8 @@ def batchnorm_forward(x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
     Raises
     ------
     TypeError
-        If an array is not of a floating type that is accepted.
+        If `x` is not of float32 or float64, a parameter is not of real numbers, `axis` is no
+        integer, or `eps` no number.
     ValueError
         If a shape, `axis`, `eps` or `out` does not fit, or if there is one value per feature,
         which has no variance. An empty batch is allowed: its `y` is empty.
@@ -200,7 +201,8 @@ def batchnorm_backward(dout, Cache cache not None, *, out=None):
     cache : Cache
         What the forward returned.
     out : array of x's shape and dtype, optional
-        Where to write `dx`. It may be `dout` itself; it may not share memory with `x`.
+        Where to write `dx`. It may be `dout` itself, but may not overlap it otherwise; it may not
+        share memory with `x`, unless this is one that had to be copied.
 
     Returns
     -------
@@ -284,7 +286,7 @@ def normalize(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None
     ----------
     x : array of float32 or float64, two dimensions or more
         The batch.
-    mean, var : array of shape (features,)
+    mean, var : array of shape (features,) and any real dtype
         The statistics; used in float64.
     gamma, beta, eps, axis
         As in `batchnorm_forward`.
@@ -320,8 +322,8 @@ def gradient_sums(dout, x, mean, var, eps=1e-5, *, axis=1):
     ----------
     dout, x : array of float32 or float64, two dimensions or more
         The gradient with respect to `y`, and the batch; of one shape and dtype.
-    mean, var : array of shape (features,)
-        The statistics that normalized `x`.
+    mean, var : array of shape (features,) and any real dtype
+        The statistics that normalized `x`; used in float64.
     eps, axis
         As in `batchnorm_forward`.
 
@@ -370,14 +372,15 @@ def input_gradient(
     ----------
     dout, x, mean, var, eps, axis
         As in `gradient_sums`.
-    gamma : array of shape (features,) or None
-        The scale.
-    sum_dout, sum_dout_xhat : array of shape (features,)
+    gamma : array of shape (features,) and any real dtype, or None
+        The scale, rounded to x's dtype.
+    sum_dout, sum_dout_xhat : array of shape (features,) and any real dtype
         What `gradient_sums` returned, added up over all parts of the batch.
     count : int or float
         Values per feature in the whole batch; infinite for frozen statistics.
     out : array of x's shape and dtype, optional
-        Where to write `dx`. It may be `dout` itself; it may not share memory with `x`.
+        Where to write `dx`. It may be `dout` itself, but may not overlap it otherwise; it may not
+        share memory with `x`, unless this is one that had to be copied.
 
     Returns
     -------

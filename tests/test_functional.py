@@ -343,6 +343,19 @@ def test_forward_output_may_not_share_memory_with_x(rng, layout, part):
     np.testing.assert_array_equal(x, kept)
 
 
+@pytest.mark.parametrize("layout", ["c", "strided"])
+def test_backward_output_may_be_an_x_that_was_copied(rng, layout):
+    x, dout, gamma, beta = draw(rng, (20, 5), 1, np.float32)
+    given = LAYOUTS[layout](x)
+    _, cache = batchnorm_forward(given, gamma, beta)
+    if layout == "c":
+        with refused(ValueError, "out may not share memory with x"):
+            batchnorm_backward(dout, cache, out=given)
+    else:
+        gradients = batchnorm_backward(dout, cache, out=given)
+        check_backward(gradients, dout, x, gamma, beta, 1e-5, 1)
+
+
 def test_forward_output_beside_x_in_one_array(rng):
     both = np.zeros((2, 20, 5), np.float32)
     both[0] = x = exact.ordinary(rng, (20, 5))
