@@ -1,8 +1,10 @@
 # Cython code calls the loops without Python through the table that `_kernels.pxd` declares:
 #
-#     from bn_cy._kernels cimport Kernels, Shape
+#     from bn_cy._kernels cimport Kernels, Resources, Shape
 #     from cpython.pycapsule cimport PyCapsule_GetPointer
 #     from bn_cy._dispatch import KERNELS
 #     cdef Kernels *kernels = <Kernels *>PyCapsule_GetPointer(KERNELS, "bn_cy.Kernels")
+#     cdef Resources use
+#     use.threads, use.cache, use.far = 1, 1 << 20, False
 #
 # kernels[0] is for float, kernels[1] for double.
