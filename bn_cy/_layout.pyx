@@ -355,7 +355,7 @@ def as_index(name, value):
 
 
 cpdef double as_number(str name, value) except? -1:
-    """Return a number as a double, infinite where it is larger than one."""
+    """Return a number as a double: infinite where a double does not reach."""
     try:
         return value
     except OverflowError:

@@ -322,7 +322,7 @@ class BatchNorm:
         expected = [*arrays, "num_batches_tracked"] if self.track_running_stats else list(arrays)
         if set(state) != set(expected):
             raise KeyError(f"state must have the keys {expected}, got {list(state)}")
-        loaded = {name: fitted(name, state[name], array) for name, array in arrays.items()}
+        loaded = {name: fitted(name, state[name], array).copy() for name, array in arrays.items()}
         for name, array in arrays.items():
             if not array.flags.writeable:
                 raise ValueError(f"{name} cannot be loaded: the layer's array is read-only")

@@ -637,6 +637,14 @@ def test_loading_copies_and_keeps_dtypes(rng):
     assert_same_state(snapshot(layer), before)
 
 
+def test_a_state_may_hold_arrays_of_the_layer(rng):
+    layer = trained(rng)
+    gamma, beta = layer.gamma.copy(), layer.beta.copy()
+    layer.load_state_dict({**layer.state_dict(), "weight": layer.beta, "bias": layer.gamma})
+    np.testing.assert_array_equal(layer.gamma, beta)
+    np.testing.assert_array_equal(layer.beta, gamma)
+
+
 def test_params_stay_live_after_loading(rng):
     layer = BatchNorm(5)
     params = layer.params
