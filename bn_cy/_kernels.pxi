@@ -458,10 +458,11 @@ cdef inline void add_rest_deviations(
     sum2[0] += fold_lanes(lanes2)
 
 
-cdef inline void add_row_deviations(
+cdef void add_row_deviations(
     double *sum1, double *sum2, const floating *x, real shift, Py_ssize_t width,
 ) noexcept nogil:
-    """The same of a single row of one feature: groups of eight steps of LANES, and what is left."""
+    """The same of a single row of one feature: groups of eight steps of LANES, and what is left.
+    Not inline: GCC then makes branches, and no vectors, of the last LANES' mask."""
     cdef double lanes1[LANES]
     cdef double lanes2[LANES]
     cdef const floating *stop = x + width
@@ -653,7 +654,7 @@ cdef inline void add_rest_gradients(
     sum2[0] += fold_lanes(lanes2)
 
 
-cdef inline void add_row_gradients(
+cdef void add_row_gradients(
     double *sum1, double *sum2, const floating *dout, const floating *x, real m, real v,
     Py_ssize_t width,
 ) noexcept nogil:
