@@ -167,3 +167,43 @@ def test_features_do_not_depend_on_their_neighbours(rng, dtype, threads):
     _, mean_beside, var_beside = moments(x)
     others = np.arange(45) % 3 != 0
     assert digest(mean_beside[others], var_beside[others]) == digest(mean[others], var[others])
+
+
+def random_case(rng):
+    """Return a shape of up to 200,000 values, rows, runs or images, and its axis."""
+    while True:
+        batch, height, width = np.exp(rng.uniform(0, np.log([5000, 40, 40]))).astype(int)
+        features = int(np.exp(rng.uniform(0, np.log(3000))))
+        shape, axis = [
+            ((batch, features), 1),
+            ((features, batch), 0),
+            ((batch, features, height, width), 1),
+            ((batch, height, width, features), -1),
+        ][rng.integers(4)]
+        if 2 * features <= np.prod(shape) <= 200_000:
+            return tuple(map(int, shape)), axis
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("data", ["normal", "far", "zero", "constant", "nan"])
+def test_any_shape(rng, stream_from, data, dtype):
+    """Shapes that nobody chose; with data that are summed again, a feature or all of them."""
+    for _ in range(60):
+        shape, axis = random_case(rng)
+        x, dout, gamma, beta = draw(rng, shape, axis, dtype)
+        features = np.moveaxis(x, axis, -1)
+        if data == "far":
+            x += dtype(1e7)
+        elif data == "zero":
+            x[...] = 0
+        elif data == "constant":
+            features[..., len(gamma) // 4 :] = 7
+        elif data == "nan":
+            dout.flat[rng.integers(x.size)] = np.nan
+        found = set()
+        for threads in (1, 2, 3, 8):
+            for limit in (0, 1 << 60):
+                set_num_threads(threads)
+                stream_from(limit)
+                found.add(str(step(x, dout, gamma, beta, axis)))
+        assert len(found) == 1, (shape, axis)
