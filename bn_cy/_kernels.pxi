@@ -939,6 +939,19 @@ cdef inline Sums sums_at(double *start, Py_ssize_t pitch) noexcept nogil:
     return t
 
 
+cdef inline Sums beside(Sums t, Py_ssize_t features) noexcept nogil:
+    """Those of the features that come so much later."""
+    t.first += features
+    t.second += features
+    return t
+
+
+cdef inline Sums below(Sums t) noexcept nogil:
+    """The next pair of rows of scratch."""
+    cdef Py_ssize_t pitch = t.second - t.first
+    return beside(t, 2 * pitch)
+
+
 cdef inline void add_sums(Sums total, Sums part, Py_ssize_t size) noexcept nogil:
     cdef Py_ssize_t f
     for f in range(size):
@@ -1139,18 +1152,17 @@ cdef void sample_shift(
 
 cdef void sum_deviations(
     Sums t, const floating *x, const real *shift, const Grid *g, const Block *b,
-    Py_ssize_t cell, Py_ssize_t cells,
+    Py_ssize_t cell, Py_ssize_t cells, Sums spare,
 ) noexcept nogil:
-    """Of a power of two of cells: the sum of those of its halves."""
-    cdef double storage[2 * WIDTH]
-    cdef Sums part = sums_at(storage, WIDTH)
+    """Of a power of two of cells: the sum of those of its halves, with a row of `spare` for every
+    level of them."""
     cdef Py_ssize_t half = cells // 2
     if cells == 1:
         deviations_of_cell(t, x, shift, g, b, cell)
         return
-    sum_deviations(t, x, shift, g, b, cell, half)
-    sum_deviations(part, x, shift, g, b, cell + half, half)
-    add_sums(t, part, b.size)
+    sum_deviations(t, x, shift, g, b, cell, half, spare)
+    sum_deviations(spare, x, shift, g, b, cell + half, half, below(spare))
+    add_sums(t, spare, b.size)
 
 
 cdef inline void settle(
@@ -1206,6 +1218,7 @@ cdef inline Grid single_rows(const Grid *g) noexcept nogil:
 
 cdef void rescue_moments(
     const Statistics *s, long long *suspect, const floating *x, const Grid *g, const Block *b,
+    Sums spare,
 ) noexcept nogil:
     """Sum suspects again, a stretch of adjacent ones at a time."""
     cdef Grid r = single_rows(g)
@@ -1221,12 +1234,13 @@ cdef void rescue_moments(
             of_stretch.mean = s.mean + first
             of_stretch.rest = s.rest + first
             of_stretch.var = s.var + first
-            sum_again(&of_stretch, suspect + first, x, &r, &stretch)
+            sum_again(&of_stretch, suspect + first, x, &r, &stretch, beside(spare, first))
         first = stop + 1
 
 
 cdef void sum_again(
     const Statistics *s, long long *suspect, const floating *x, const Grid *g, const Block *b,
+    Sums spare,
 ) noexcept nogil:
     """The same sums with every term in double, about the mean just found, until it stays there."""
     cdef double shift[SCRATCH]
@@ -1244,7 +1258,7 @@ cdef void sum_again(
             return
         again = False
         spread(shift, s.mean, g, b)
-        sum_deviations(t, x, shift, g, b, 0, g.cells)
+        sum_deviations(t, x, shift, g, b, 0, g.cells, spare)
         for f in range(b.size):
             if suspect[f]:
                 delta = t.first[f] * share
@@ -1254,16 +1268,16 @@ cdef void sum_again(
 
 
 cdef void moments_of_sums(
-    const Statistics *s, Sums t, const floating *x, const Grid *g, const Block *b,
+    const Statistics *s, Sums t, const floating *x, const Grid *g, const Block *b, Sums spare,
 ) noexcept nogil:
     cdef long long suspect[WIDTH]
     cdef double least = 1e-30 if sizeof(floating) == 4 else 1e-290  # squares below it lose digits
     if settle_block(s, suspect, t, g.count, least, b.size):
-        rescue_moments(s, suspect, x, g, b)
+        rescue_moments(s, suspect, x, g, b, spare)
 
 
 cdef void moments_of_block(
-    const Statistics *s, const floating *x, const Grid *g, const Block *b,
+    const Statistics *s, const floating *x, const Grid *g, const Block *b, Sums spare,
 ) noexcept nogil:
     cdef floating storage[SCRATCH]
     cdef floating *shift = <floating *>aligned(storage)
@@ -1273,11 +1287,11 @@ cdef void moments_of_block(
     sample_shift(s, x, g, b)
     if g.count < FEW:
         spread(wide, s.mean, g, b)
-        sum_deviations(t, x, wide, g, b, 0, g.cells)
+        sum_deviations(t, x, wide, g, b, 0, g.cells, spare)
     else:
         spread(shift, s.mean, g, b)
-        sum_deviations(t, x, shift, g, b, 0, g.cells)
-    moments_of_sums(s, t, x, g, b)
+        sum_deviations(t, x, shift, g, b, 0, g.cells, spare)
+    moments_of_sums(s, t, x, g, b, spare)
 
 
 cdef void describe(
@@ -1400,18 +1414,16 @@ cdef void settle_gradients(
 
 cdef void sum_gradients(
     Sums t, const floating *dout, const floating *x, const real *columns,
-    const Grid *g, const Block *b, Py_ssize_t cell, Py_ssize_t cells,
+    const Grid *g, const Block *b, Py_ssize_t cell, Py_ssize_t cells, Sums spare,
 ) noexcept nogil:
     """As `sum_deviations`."""
-    cdef double storage[2 * WIDTH]
-    cdef Sums part = sums_at(storage, WIDTH)
     cdef Py_ssize_t half = cells // 2
     if cells == 1:
         gradients_of_cell(t, dout, x, columns, g, b, cell)
         return
-    sum_gradients(t, dout, x, columns, g, b, cell, half)
-    sum_gradients(part, dout, x, columns, g, b, cell + half, half)
-    add_sums(t, part, b.size)
+    sum_gradients(t, dout, x, columns, g, b, cell, half, spare)
+    sum_gradients(spare, dout, x, columns, g, b, cell + half, half, below(spare))
+    add_sums(t, spare, b.size)
 
 
 cdef inline bint overflowed(Sums t, Py_ssize_t size) noexcept nogil:
@@ -1435,7 +1447,7 @@ cdef inline void replace_overflowed(
 
 cdef void rescue_gradients(
     Sums t, const double *centres, const floating *dout, const floating *x,
-    const Grid *g, const Block *b,
+    const Grid *g, const Block *b, Sums spare,
 ) noexcept nogil:
     """Where a sum of floats overflowed: the same sums with every term in double."""
     cdef double columns[CENTRES * SCRATCH]
@@ -1446,7 +1458,7 @@ cdef void rescue_gradients(
     if sizeof(floating) == sizeof(double) or not overflowed(t, b.size):
         return
     spread_centres(columns, centres, &r, &of_rows)
-    sum_gradients(wide, dout, x, columns, &r, &of_rows, 0, r.cells)
+    sum_gradients(wide, dout, x, columns, &r, &of_rows, 0, r.cells, spare)
     replace_overflowed(t.first, wide.first, b.size)
     replace_overflowed(t.second, wide.second, b.size)
 
@@ -1566,7 +1578,9 @@ cdef Work share(
     else:
         w.blocks = min(round_up(w.blocks, w.threads), w.units)
         w.threads = min(<Py_ssize_t>w.threads, w.blocks)
-    w.branches = w.threads if w.sums.cells % w.threads == 0 else w.sums.cells
+    w.branches = 1
+    if w.by_cells:
+        w.branches = w.threads if w.sums.cells % w.threads == 0 else w.sums.cells
     w.deep = 1
     while w.sums.cells // w.branches >> w.deep:
         w.deep += 1
@@ -1650,8 +1664,11 @@ cdef inline Py_ssize_t whole_rows_from(
 
 
 cdef int take_parts(Work *w) noexcept nogil:
-    w.parts = <double *>malloc(w.branches * w.deep * 2 * w.sums.features * sizeof(double))
-    return 0 if w.parts != NULL else -1
+    """From the heap: a thread may have little stack."""
+    if w.measure and w.sums.cells > 1:
+        w.parts = <double *>malloc(w.branches * w.deep * 2 * w.sums.features * sizeof(double))
+        return 0 if w.parts != NULL else -1
+    return 0
 
 
 cdef inline Sums part_of(const Work *w, Py_ssize_t part, const Block *b) noexcept nogil:
@@ -1685,7 +1702,7 @@ cdef void moments_task(const floating *x, const Work *w, Py_ssize_t i) noexcept 
     cdef Block b = block_of(&w.sums, w, i)
     cdef Statistics s = statistics_of(w, &b)
     b.ahead = ahead_in(&b, w, sizeof(floating))
-    moments_of_block(&s, x, &w.sums, &b)
+    moments_of_block(&s, x, &w.sums, &b, part_of(w, 0, &b))
 
 
 cdef void describe_task(
@@ -1765,7 +1782,7 @@ cdef void merge_moments(
     cdef Statistics s = statistics_of(w, &b)
     if w.measure:
         merge_parts(t, w, &b)
-        moments_of_sums(&s, t, x, &w.sums, &b)
+        moments_of_sums(&s, t, x, &w.sums, &b, part_of(w, 0, &b))  # whose sums are in t now
     describe(&s, gamma, eps, &b)
 
 
@@ -1781,13 +1798,11 @@ cdef void normalize_share(
         stop = begin
 
 
-cdef int forward_by_cells(
+cdef void forward_by_cells(
     floating *y, const floating *x, const floating *gamma, const floating *beta,
     double eps, Work *w,
 ) noexcept nogil:
     cdef Py_ssize_t i, cells = w.sums.cells // w.branches
-    if w.measure and take_parts(w):
-        return -1
     with parallel(num_threads=w.threads):
         if w.measure:
             for i in prange(w.slices, schedule="static"):
@@ -1799,8 +1814,6 @@ cdef int forward_by_cells(
         if w.write:
             for i in prange(w.threads, schedule="static"):
                 normalize_share(y, x, beta, w, i)
-    free(w.parts)
-    return 0
 
 
 cdef int forward_of(
@@ -1811,17 +1824,19 @@ cdef int forward_of(
     cdef Work w = share(
         shape, statistics, sizeof(floating), measure, y != NULL, writing, use)
     cdef Py_ssize_t i
-    cdef int status = 0
+    if take_parts(&w):
+        return -1
     if w.by_cells:
-        status = forward_by_cells(y, x, gamma, beta, eps, &w)
+        forward_by_cells(y, x, gamma, beta, eps, &w)
     elif w.threads == 1:  # no parallel region of one: it costs, and a forked child has no OpenMP
         for i in range(w.blocks):
             forward_block(y, x, gamma, beta, eps, &w, i)
     else:
         for i in prange(w.blocks, num_threads=w.threads, schedule="static"):
             forward_block(y, x, gamma, beta, eps, &w, i)
+    free(w.parts)
     clear_vectors()
-    return status
+    return 0
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1829,9 +1844,9 @@ cdef int forward_of(
 
 cdef void finish_gradients(
     Sums t, const double *centres, const floating *dout, const floating *x, const Statistics *s,
-    floating *dgamma, floating *dbeta, const Grid *g, const Block *b,
+    floating *dgamma, floating *dbeta, const Grid *g, const Block *b, Sums spare,
 ) noexcept nogil:
-    rescue_gradients(t, centres, dout, x, g, b)
+    rescue_gradients(t, centres, dout, x, g, b, spare)
     settle_gradients(t, centres, s, b)
     store_gradient(dbeta, t.first, b)
     store_gradient(dgamma, t.second, b)
@@ -1850,8 +1865,9 @@ cdef void gradients_task(
     b.ahead = ahead_in(&b, w, 2 * sizeof(floating))
     find_centres(centres, &s, sizeof(floating) == 4, &b)
     spread_centres(columns, centres, &w.sums, &b)
-    sum_gradients(t, dout, x, columns, &w.sums, &b, 0, w.sums.cells)
-    finish_gradients(t, centres, dout, x, &s, dgamma, dbeta, &w.sums, &b)
+    sum_gradients(t, dout, x, columns, &w.sums, &b, 0, w.sums.cells, part_of(w, 0, &b))
+    finish_gradients(
+        t, centres, dout, x, &s, dgamma, dbeta, &w.sums, &b, part_of(w, 0, &b))
 
 
 cdef void input_gradient_task(
@@ -1926,7 +1942,8 @@ cdef void merge_gradients(
     cdef Sums t = gradients_of(w, &b)
     merge_parts(t, w, &b)
     find_centres(centres, &s, sizeof(floating) == 4, &b)
-    finish_gradients(t, centres, dout, x, &s, dgamma, dbeta, &w.sums, &b)
+    finish_gradients(
+        t, centres, dout, x, &s, dgamma, dbeta, &w.sums, &b, part_of(w, 0, &b))
 
 
 cdef void input_gradient_share(
@@ -1942,13 +1959,11 @@ cdef void input_gradient_share(
         stop = begin
 
 
-cdef int backward_by_cells(
+cdef void backward_by_cells(
     floating *dx, floating *dgamma, floating *dbeta, const floating *dout, const floating *x,
     double count, Work *w,
 ) noexcept nogil:
     cdef Py_ssize_t i, cells = w.sums.cells // w.branches
-    if w.measure and take_parts(w):
-        return -1
     with parallel(num_threads=w.threads):
         if w.measure:
             for i in prange(w.branches, schedule="static"):
@@ -1958,8 +1973,6 @@ cdef int backward_by_cells(
         if w.write:
             for i in prange(w.threads, schedule="static"):
                 input_gradient_share(dx, dout, x, count, w, i)
-    free(w.parts)
-    return 0
 
 
 cdef int backward_of(
@@ -1971,18 +1984,20 @@ cdef int backward_of(
     cdef Work w = share(
         shape, statistics, sizeof(floating), measure, dx != NULL, writing, use)
     cdef Py_ssize_t i
-    cdef int status = 0
     w.gradients, w.frozen = sums, isinf(count)
+    if take_parts(&w):
+        return -1
     if w.by_cells:
-        status = backward_by_cells(dx, dgamma, dbeta, dout, x, count, &w)
+        backward_by_cells(dx, dgamma, dbeta, dout, x, count, &w)
     elif w.threads == 1:
         for i in range(w.blocks):
             backward_block(dx, dgamma, dbeta, dout, x, count, &w, i)
     else:
         for i in prange(w.blocks, num_threads=w.threads, schedule="static"):
             backward_block(dx, dgamma, dbeta, dout, x, count, &w, i)
+    free(w.parts)
     clear_vectors()
-    return status
+    return 0
 
 
 # -------------------------------------------------------------------------------------------------

@@ -248,6 +248,31 @@ def test_eight_threads_at_once(rng, shape):
             future.result(timeout=120)
 
 
+# Stacks
+
+STACK = """
+import numpy as np
+import bn_cy
+
+bn_cy.set_num_threads(2)
+rng = np.random.default_rng({seed})
+for shape, axis in ((2, 300000), 0), ((1000, 1100), 1), ((128, 64, 7, 7), 1), ((4, 64, 99, 99), 1):
+    for dtype in (np.float32, np.float64):
+        x, dout = rng.standard_normal((2, *shape)).astype(dtype)
+        for constant, gradient in (False, 1), (True, np.inf):  # the latter are summed again
+            x[...] = 7 if constant else x
+            dout.flat[0] = gradient
+            bn_cy.batchnorm_backward(dout, bn_cy.batchnorm_forward(x, axis=axis)[1])
+print("done")
+"""
+
+
+def test_the_small_stacks_of_musl_are_enough(rng, python):
+    code = STACK.format(seed=int(rng.integers(2**32)))
+    result = python("-c", code, OMP_STACKSIZE="128K")
+    assert result.stdout.split() == ["done"], result.stderr
+
+
 # Forks
 
 FORK = """
