@@ -12,7 +12,7 @@
 #   the same with few features        several rows are read as one wide row (times > 1);
 #   small inner (7 x 7 images)        one sheet of `outer` rows, a feature is `inner` columns;
 #   large inner (28 x 28 images)      one sheet of `outer` rows, of each a run of `inner` values;
-#   very long runs, to write all runs  `outer` sheets, each run cut into rows
+#   very long runs; written, any run  `outer` sheets, each run cut into rows
 #
 # So the leaf loops know nothing but columns, and the columns of a feature are folded at the end.
 # A run has a single column: its values are added to LANES sums in registers, which are folded when
@@ -251,6 +251,7 @@ cdef inline Py_ssize_t cell_count(const Grid *g, Py_ssize_t least) noexcept nogi
 
 
 cdef inline Py_ssize_t cells_of(const Grid *g) noexcept nogil:
+    """Into how many parts to cut a grid of this kind; see CELL_ROWS and what follows it."""
     cdef Py_ssize_t cells
     if g.count < FEW:  # the sums in double know no cells
         return 1
@@ -1575,12 +1576,11 @@ cdef Work share(
     w.blocks = ceil_div(w.units, size // w.unit)
     if w.by_cells:
         w.threads = min(<Py_ssize_t>w.threads, w.sums.cells)
+        w.branches = w.threads if w.sums.cells % w.threads == 0 else w.sums.cells
     else:
         w.blocks = min(round_up(w.blocks, w.threads), w.units)
         w.threads = min(<Py_ssize_t>w.threads, w.blocks)
-    w.branches = 1
-    if w.by_cells:
-        w.branches = w.threads if w.sums.cells % w.threads == 0 else w.sums.cells
+        w.branches = 1
     w.deep = 1
     while w.sums.cells // w.branches >> w.deep:
         w.deep += 1
@@ -1828,7 +1828,7 @@ cdef int forward_of(
         return -1
     if w.by_cells:
         forward_by_cells(y, x, gamma, beta, eps, &w)
-    elif w.threads == 1:  # no parallel region of one: it costs, and a forked child has no OpenMP
+    elif w.threads == 1:  # no parallel region: one of a single thread would do, but it costs
         for i in range(w.blocks):
             forward_block(y, x, gamma, beta, eps, &w, i)
     else:
