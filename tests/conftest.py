@@ -44,7 +44,7 @@ def refuse_source_folder():
     package = find_package()
     if package is None:
         raise pytest.UsageError('bn_cy is not installed: run pip install ".[test]" first')
-    if CHECKOUT in package.parents and not installed_editable():
+    if package == CHECKOUT / "bn_cy" and not installed_editable():
         raise pytest.UsageError(
             f"the tests would import the source folder {package}, not the installed bn_cy: "
             "run plain `pytest` (`python -m pytest` and PYTHONPATH put the checkout on sys.path)"

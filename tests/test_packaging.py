@@ -1,5 +1,6 @@
 """What was installed: version, configuration, typing, docstrings, and what an import brings in."""
 
+import contextlib
 import importlib.metadata
 import inspect
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 
 import bn_cy
@@ -85,3 +87,14 @@ def test_import_from_a_folder_that_was_not_built_says_so(tmp_path):
     words = run_python(code, tmp_path)
     assert words[0] == "ImportError"
     assert {"source", f"{package},", "built:"} <= set(words)
+
+
+@pytest.mark.parametrize(
+    ("place", "refused"),
+    [("bn_cy", True), (".venv/lib/python3/site-packages/bn_cy", False)],
+)
+def test_tests_refuse_the_source_folder_alone(monkeypatch, place, refused):
+    monkeypatch.setattr(conftest, "find_package", lambda: conftest.CHECKOUT / place)
+    monkeypatch.setattr(conftest, "installed_editable", lambda: False)
+    with pytest.raises(pytest.UsageError) if refused else contextlib.nullcontext():
+        conftest.refuse_source_folder()
