@@ -2,10 +2,11 @@
 
 Environment variables that change the build:
 
-BN_CY_OPENMP=0     no OpenMP: every kernel runs in one thread
-BN_CY_SANITIZE=1   GCC's address sanitizer watches every access (run with its libasan preloaded)
-BN_CY_LINETRACE=1  line tracing, for the coverage of the .pyx files
-CC, CFLAGS, ...    as for every setuptools build
+BN_CY_OPENMP=0       no OpenMP: every kernel runs in one thread
+BN_CY_SANITIZE=1     GCC's address sanitizer watches every access (run with its libasan preloaded)
+BN_CY_BOUNDSCHECK=1  every index of a typed memoryview is checked; 6 to 13 times slower
+BN_CY_LINETRACE=1    line tracing, for the coverage of the .pyx files
+CC, CFLAGS, ...      as for every setuptools build
 """
 
 import os
@@ -18,15 +19,17 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 PACKAGE = Path("bn_cy")
-KERNELS = "bn_cy._kernels_"  # and the name of the variant
+KERNELS = "bn_cy.kernels."  # and the name of the variant
+SHARED = "bn_cy._cyutility"  # Cython's own code, such as memoryviews, once for all modules
 
 SERIAL = os.environ.get("BN_CY_OPENMP", "") == "0"
 SANITIZE = os.environ.get("BN_CY_SANITIZE", "") not in ("", "0")
+BOUNDSCHECK = os.environ.get("BN_CY_BOUNDSCHECK", "") not in ("", "0")
 LINETRACE = os.environ.get("BN_CY_LINETRACE", "") not in ("", "0")
 
 DIRECTIVES = {
     "language_level": 3,
-    "boundscheck": False,
+    "boundscheck": BOUNDSCHECK,
     "wraparound": False,
     "initializedcheck": False,
     "cdivision": True,
@@ -37,7 +40,11 @@ DIRECTIVES = {
 GCC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
-SANITIZER_FLAGS = ["-fsanitize=address", "-g1"] if SANITIZE else []
+# What a special build adds; without one there is no debug information, two thirds of a wheel.
+SPECIAL_FLAGS = ["-g1"] if SANITIZE or LINETRACE else ["-g0"]
+SPECIAL_FLAGS += ["-fsanitize=address"] if SANITIZE else []
+SPECIAL_FLAGS += ["-DBN_CY_BOUNDSCHECK"] if BOUNDSCHECK else []
+SANITIZER_FLAGS = ["-fsanitize=address"] if SANITIZE else []
 
 # Each if the compiler takes it. GCC gives up on loops over eight rows of doubles, which might
 # overlap the sums, after ten checks. Twice unrolled, a loop of one vector does not depend on where
@@ -55,11 +62,32 @@ GCC_VARIANTS = {
 # MSVC has no switch for v2: the baseline of x64 stands in.
 MSVC_VARIANTS = {"v2": [], "v3": ["/arch:AVX2"], "v4": ["/arch:AVX512"]}
 
+VARIANTS = (*GCC_VARIANTS, "plain")
+
+# What the kernels say is inline is inlined, all of it, and nothing else: their views vanish so, and
+# the loops end up in functions of their own, in which the row pointers fit the registers.
+# Other compilers decide for themselves; with the first flag Clang would inline nothing at all.
+GCC_INLINING = [
+    "-fno-inline-functions",
+    "-fno-inline-functions-called-once",
+    "-fno-inline-small-functions",
+    "--param=early-inlining-insns=60",
+    "--param=max-inline-insns-single=3000",
+    "--param=large-function-growth=3000",
+    "--param=inline-unit-growth=300",
+]
+
 # (compile, link) flags, in the order in which they are tried.
 GCC_OPENMP = [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
 MSVC_OPENMP = [(["/openmp"], [])]
 
 TRIVIAL_PROGRAM = "int main(void) { return 0; }\n"
+GCC_PROGRAM = """\
+#if !defined(__GNUC__) || defined(__clang__)
+#error "another compiler"
+#endif
+int main(void) { return 0; }
+"""
 OPENMP_PROGRAM = """\
 #include <omp.h>
 int main(void) { return omp_get_max_threads() < 1; }
@@ -102,7 +130,7 @@ def choose_variants(compiler, platform, candidates):
 def configure(ext, flags, openmp, variants):
     """Give one module its flags, and tell it by macros how the package is being built."""
     compile_flags, link_flags = openmp or ([], [])
-    ext.extra_compile_args = flags + compile_flags + SANITIZER_FLAGS
+    ext.extra_compile_args = flags + compile_flags
     ext.extra_link_args = link_flags + SANITIZER_FLAGS
     ext.define_macros = [
         ("BN_CY_FLAGS", c_string(ext.extra_compile_args)),
@@ -128,7 +156,7 @@ class BuildExtensions(build_ext):
 
     def build_extensions(self):
         msvc = self.compiler.compiler_type == "msvc"
-        common = list(MSVC_FLAGS if msvc else GCC_FLAGS)
+        common = list(MSVC_FLAGS) if msvc else GCC_FLAGS + SPECIAL_FLAGS
         for flags in [] if msvc else GCC_TUNING:
             common += flags if builds(self.compiler, TRIVIAL_PROGRAM, flags) else []
         variants = choose_variants(
@@ -139,7 +167,8 @@ class BuildExtensions(build_ext):
             openmp = find_openmp(self.compiler, MSVC_OPENMP if msvc else GCC_OPENMP)
         self.announce_choice(variants, openmp)
 
-        kernels = {KERNELS + name: flags for name, flags in variants.items()}
+        inlining = GCC_INLINING if builds(self.compiler, GCC_PROGRAM, GCC_INLINING) else []
+        kernels = {KERNELS + name: flags + inlining for name, flags in variants.items()}
         self.extensions[:] = [
             ext for ext in self.extensions if ext.name in kernels or KERNELS not in ext.name
         ]
@@ -162,25 +191,41 @@ class BuildExtensions(build_ext):
             self.extensions,
             build_dir=self.build_temp,
             compiler_directives=DIRECTIVES,
+            shared_utility_qualified_name=SHARED,
             nthreads=os.cpu_count() or 1,
         )
         for ext, result in zip(self.extensions, translated, strict=True):
             ext.sources = result.sources
 
 
-def extension(source):
+def extension(source, shared):
     """Describe the module of one .pyx; its flags are added when the compiler is known."""
-    shared = [path.as_posix() for pattern in ("*.pxd", "*.pxi") for path in PACKAGE.glob(pattern)]
-    return Extension(f"bn_cy.{source.stem}", [source.as_posix()], depends=shared)
+    name = ".".join(source.with_suffix("").parts)
+    return Extension(name, [source.as_posix()], depends=[path.as_posix() for path in shared])
+
+
+def extensions():
+    """Describe all modules: those of the package, and a variant of the kernels each."""
+    variants = [PACKAGE / "kernels" / f"{name}.pyx" for name in VARIANTS]
+    rooms = [path for path in (PACKAGE / "kernels").glob("*.p*") if path not in variants]
+    shared = [*PACKAGE.glob("*.pxd"), *rooms]
+    sources = [*sorted(PACKAGE.glob("*.pyx")), *variants]
+    cython_code = Extension(SHARED, [SHARED.replace(".", "/") + ".c"])
+    return [cython_code, *(extension(source, shared) for source in sources)]
 
 
 # Processes that translate in parallel may import this file again.
 if __name__ == "__main__":
     # One folder for each kind of build: the objects of one never pass for those of another.
-    asked = {"serial": SERIAL, "sanitize": SANITIZE, "linetrace": LINETRACE}
+    asked = {
+        "serial": SERIAL,
+        "sanitize": SANITIZE,
+        "boundscheck": BOUNDSCHECK,
+        "linetrace": LINETRACE,
+    }
     kind = "-".join(name for name in asked if asked[name]) or "default"
     setup(
-        ext_modules=[extension(source) for source in sorted(PACKAGE.glob("*.pyx"))],
+        ext_modules=extensions(),
         cmdclass={"build_ext": BuildExtensions},
         options={"build": {"build_base": f"build/{kind}"}},
     )

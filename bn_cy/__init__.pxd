@@ -1,6 +1,6 @@
-# Cython code calls the loops without Python through the table that `_kernels.pxd` declares:
+# Cython code calls the loops without Python through the table that `kernels/__init__.pxd` declares:
 #
-#     from bn_cy._kernels cimport Kernels, Resources, Shape
+#     from bn_cy.kernels cimport Kernels, Resources, Shape
 #     from cpython.pycapsule cimport PyCapsule_GetPointer
 #     from bn_cy._dispatch import KERNELS
 #     cdef Kernels *kernels = <Kernels *>PyCapsule_GetPointer(KERNELS, "bn_cy.Kernels")

@@ -67,6 +67,6 @@ SUPPORTED = supported_variants(cpu.BUILT, cpu.supported_levels())
 VARIANT = choose_variant(os.environ.get("BN_CY_ISA", ""), SUPPORTED)
 
 # A variant that is broken is an error and not a reason to take another.
-_module = importlib.import_module(f"bn_cy._kernels_{VARIANT}")
+_module = importlib.import_module(f"bn_cy.kernels.{VARIANT}")
 KERNELS = _module.KERNELS  # a capsule: the table of C functions
 FLAGS = _module.FLAGS

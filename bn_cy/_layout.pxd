@@ -1,4 +1,4 @@
-from bn_cy._kernels cimport Shape
+from bn_cy.kernels cimport Shape
 
 
 cdef struct Memory:  # the arrays that one call has taken hold of

@@ -27,7 +27,7 @@ from libc.math cimport INFINITY
 from libc.string cimport memcpy, memset
 
 from bn_cy._buffers cimport Block
-from bn_cy._kernels cimport MEAN, REST, STATISTICS, VAR, Kernels, Resources
+from bn_cy.kernels cimport MEAN, REST, STATISTICS, VAR, Kernels, Resources
 from bn_cy._layout cimport Batch, Memory, as_array, as_number, batch_of, hold, is_same, release
 
 __all__ = [

@@ -1,0 +1,173 @@
+# The sums of the gradient for a block of features, and what dx needs of them.
+#
+# Derivation: dbeta = sum(dout) and dgamma = sum(dout*xhat), summed about a centre c near the mean,
+# with a scale p near invstd:
+#
+#   dgamma = (sum(dout*(x - c)*p)/p - (mean - c)*dbeta)*invstd
+#
+# Twin: `reference.backward_closed_form`. Tests: tests/test_accuracy.py, tests/test_kernels.py.
+# Bytes moved: O(features). A rescue is a first pass more.
+
+from libc.math cimport fabs, isfinite
+from libc.string cimport memcpy, memset
+
+
+cdef inline unsigned long long bits_of(double value) noexcept nogil:
+    cdef unsigned long long bits
+    memcpy(&bits, &value, sizeof(bits))
+    return bits
+
+
+cdef inline double power_of_two(unsigned long long bits) noexcept nogil:
+    """The number that has the exponent of these bits: to multiply by it rounds nothing."""
+    cdef double value
+    bits &= 0x7FF0000000000000ULL
+    memcpy(&value, &bits, sizeof(value))
+    return value
+
+
+cdef inline double power_below(double value) noexcept nogil:
+    return power_of_two(bits_of(value))
+
+
+cdef inline double root_below(double value) noexcept nogil:
+    """A power of two near the square root, hardly ever above it: half the exponent. 0 of 0."""
+    return power_of_two((bits_of(value) >> 1) + (1023ULL << 51)) if value > 0 else 0
+
+
+cdef inline double reciprocal(double power) noexcept nogil:
+    """1/power of a power of two: the exponent with the other sign."""
+    return power_of_two((2046ULL << 52) - bits_of(power))
+
+
+cdef inline void find_centres(
+    double[:, ::1] centres, const double[:, ::1] s, bint single,
+) noexcept nogil:
+    """What dgamma is summed about, and a factor, such that hardly a term is rounded on the way."""
+    cdef Py_ssize_t f
+    for f in range(s.shape[1]):
+        centres[CENTRE, f] = coarse(s[MEAN, f], root_below(s[VAR, f]))
+        centres[CENTRE_SCALE, f] = power_below(s[INVSTD, f])
+    if single:
+        for f in range(s.shape[1]):
+            centres[CENTRE, f] = <float>centres[CENTRE, f]
+
+
+cdef inline void spread_centres(
+    real[:, ::1] columns, const double[:, ::1] centres, const Grid *g, const Block *b,
+) noexcept nogil:
+    cdef int c
+    for c in range(CENTRES):
+        spread(row_of(&columns[c, 0], b.width), row_of(&centres[c, 0], b.size), g, b)
+
+
+cdef inline bint overflowed(const double[:, ::1] sums) noexcept nogil:
+    cdef Py_ssize_t f
+    cdef long long found = 0  # and `&`: as in `find_moments`
+    for f in range(sums.shape[1]):
+        found |= not ((fabs(sums[FIRST, f]) <= LARGEST) & (fabs(sums[SECOND, f]) <= LARGEST))
+    return found != 0
+
+
+cdef void rescue_gradients(
+    double[:, ::1] sums, const double[:, ::1] centres, const floating[:, :, ::1] dout,
+    const floating[:, :, ::1] x, const Grid *g, const Block *b, double[:, :, ::1] levels,
+) noexcept nogil:
+    """Where a sum of floats overflowed: the same sums with every term in double."""
+    cdef double scratch[CENTRES * SCRATCH]
+    cdef double storage[SUMS * WIDTH]
+    cdef double[:, ::1] wide = rows_of(storage, SUMS, b.size, WIDTH)
+    cdef Grid r = single_rows(g)
+    cdef Block of_rows = block_at(&r, b.start, b.size)
+    cdef double[:, ::1] columns = rows_of(scratch, CENTRES, of_rows.width, of_rows.pitch)
+    cdef Py_ssize_t f, k
+    spread_centres(columns, centres, &r, &of_rows)
+    partial_sums(wide, x, dout, columns, &r, &of_rows, 0, r.cells, levels, 0)
+    for k in range(SUMS):
+        for f in range(b.size):
+            if not isfinite(sums[k, f]):
+                sums[k, f] = wide[k, f]
+
+
+cdef void find_dgamma(
+    double[:, ::1] sums, const double[:, ::1] centres, const double[:, ::1] s,
+) noexcept nogil:
+    """sum(dout*xhat) from the sum about the centre; what that leaves of the mean weighs
+    sum(dout)."""
+    cdef Py_ssize_t f
+    for f in range(s.shape[1]):
+        sums[SECOND, f] = (
+            sums[SECOND, f] * reciprocal(centres[CENTRE_SCALE, f])
+            - ((s[MEAN, f] - centres[CENTRE, f]) + s[REST, f]) * sums[FIRST, f]) * s[INVSTD, f]
+
+
+cdef inline void store_gradient(
+    floating[::1] gradient, const double *sums, const Block *b,
+) noexcept nogil:
+    cdef Py_ssize_t f
+    if gradient.shape[0]:
+        for f in range(b.size):
+            gradient[b.start + f] = <floating>sums[f]
+
+
+cdef void finish_gradients(
+    double[:, ::1] sums, floating[::1] dgamma, floating[::1] dbeta, const double[:, ::1] centres,
+    const double[:, ::1] s, const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
+    const Grid *g, const Block *b, double[:, :, ::1] levels,
+) noexcept nogil:
+    if floating is float and overflowed(sums):
+        rescue_gradients(sums, centres, dout, x, g, b, levels)
+    find_dgamma(sums, centres, s)
+    store_gradient(dbeta, &sums[FIRST, 0], b)
+    store_gradient(dgamma, &sums[SECOND, 0], b)
+
+
+cdef void gradients_of_block(
+    double[:, ::1] sums, floating[::1] dgamma, floating[::1] dbeta, const double[:, ::1] s,
+    const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
+    const Grid *g, const Block *b, double[:, :, ::1] levels,
+) noexcept nogil:
+    """From centres to sums about them, dbeta and dgamma."""
+    cdef floating scratch[CENTRES * SCRATCH]
+    cdef double storage[CENTRES * WIDTH]
+    cdef double[:, ::1] centres = rows_of(storage, CENTRES, b.size, WIDTH)
+    cdef floating[:, ::1] columns = rows_of(
+        <floating *>aligned(scratch), CENTRES, b.width, b.pitch)
+    find_centres(centres, s, floating is float)
+    spread_centres(columns, centres, g, b)
+    partial_sums(sums, x, dout, columns, g, b, 0, g.cells, levels, 0)
+    finish_gradients(sums, dgamma, dbeta, centres, s, dout, x, g, b, levels)
+
+
+cdef void prepare_input_gradient(
+    floating[:, ::1] columns, const double[:, ::1] s, const double[:, ::1] sums, double count,
+    const Grid *g, const Block *b,
+) noexcept nogil:
+    """Each parameter by a loop of its own, as in `prepare_normalize`."""
+    cdef double nth = 1 / count
+    cdef Py_ssize_t f
+    for f in range(b.size):
+        columns[HI, f] = <floating>s[MEAN, f]
+        columns[SCALE, f] = <floating>s[INVSTD, f]
+    for f in range(b.size):
+        columns[PRODUCT, f] = <floating>(sums[SECOND, f] * nth)
+        columns[DX_SCALE, f] = <floating>(s[GAMMA, f] * s[INVSTD, f])
+    for f in range(b.size):
+        columns[SHIFT, f] = <floating>(
+            sums[FIRST, f] * nth
+            - ((s[MEAN, f] - columns[HI, f]) + s[REST, f]) * s[INVSTD, f] * (sums[SECOND, f] * nth))
+    for f in range(PARAMETERS):
+        expand(row_of(&columns[f, 0], b.width), g, b)
+
+
+cdef void prepare_frozen_gradient(
+    floating[:, ::1] columns, const double[:, ::1] s, const Grid *g, const Block *b,
+) noexcept nogil:
+    """Of statistics that do not depend on x: dx = gamma*invstd*dout is dout normalized with a mean
+    and a beta of 0, and x is not read."""
+    cdef Py_ssize_t f
+    memset(&columns[HI, 0], 0, b.width * sizeof(floating))
+    memset(&columns[SHIFT, 0], 0, b.width * sizeof(floating))
+    for f in range(b.size):
+        columns[SCALE, f] = <floating>(s[GAMMA, f] * s[INVSTD, f])
+    expand(row_of(&columns[SCALE, 0], b.width), g, b)

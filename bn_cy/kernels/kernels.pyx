@@ -1,0 +1,223 @@
+# Batch normalization, forward and backward, for float and double from one source. This file opens
+# the house of the kernels: the two passes over the data, the threads, and below them the rooms.
+# Each `v2.pyx`, `v3.pyx`, ... includes it and is compiled for one instruction set.
+#
+# The order of every floating-point sum is a function of the shape alone, never of the number of
+# threads, the width of a block, the alignment or the instruction set: the bits are the same
+# everywhere.
+
+from cpython.pycapsule cimport PyCapsule_New
+from cython cimport floating
+from cython.parallel cimport parallel, prange
+from libc.math cimport isinf
+from libc.stdlib cimport free, malloc
+
+from bn_cy.kernels cimport STATISTICS, Backward, Forward, Kernels, Resources, Shape
+
+ctypedef fused real:  # what a sum's terms are computed in: the data's type, or double in a rescue
+    float
+    double
+
+# The rooms, each of which uses only those above it.
+include "machine.pxi"    # C: views, stores past the cache, fetches, aligned scratch
+include "plan.pxi"       # how a shape is walked: Grid, Block, Piece
+include "columns.pxi"    # from features to columns and back
+include "sums.pxi"       # the first passes: sum(u) and sum(u*v)
+include "writes.pxi"     # the second passes: y, dx
+include "moments.pxi"    # mean and variance; what y needs
+include "gradients.pxi"  # dgamma and dbeta; what dx needs
+include "schedule.pxi"   # a call: blocks, cells, threads
+
+# -------------------------------------------------------------------------------------------------
+# Forward: moments, then y
+
+cdef int forward(
+    floating[:, :, ::1] y, double[:, ::1] statistics, const floating[:, :, ::1] x,
+    const floating[::1] gamma, const floating[::1] beta, double eps,
+    double[:, :, ::1] partials, const Call *c,
+) noexcept nogil:
+    """y = gamma*(x - mean)*invstd + beta."""
+    cdef const floating[:, :, ::1] no_dout = x[:0]
+    cdef Py_ssize_t i, cells = c.sums.cells // c.branches
+    if c.by_cells:
+        with parallel(num_threads=c.threads):
+            if c.measure:
+                for i in prange(c.slices, schedule="static"):
+                    sample_slice(statistics, x, c, i)
+                for i in prange(c.branches, schedule="static"):
+                    sum_branch(partials, i * c.levels, statistics, x, no_dout, c, i * cells, cells)
+            for i in prange(c.slices, schedule="static"):
+                finish_forward_slice(statistics, x, gamma, eps, partials, c, i)
+            if c.write:
+                for i in prange(c.threads, schedule="static"):
+                    write_cells_of(i, y, x, no_dout, beta, statistics, statistics, 0, c)
+    elif c.threads == 1:  # no parallel region: one of a single thread would do, but it costs
+        for i in range(c.blocks):
+            forward_block(y, statistics, x, no_dout, gamma, beta, eps, partials, c, i)
+    else:
+        for i in prange(c.blocks, num_threads=c.threads, schedule="static"):
+            forward_block(y, statistics, x, no_dout, gamma, beta, eps, partials, c, i)
+    return 0
+
+
+cdef void forward_block(
+    floating[:, :, ::1] y, double[:, ::1] statistics,
+    const floating[:, :, ::1] x, const floating[:, :, ::1] no_dout,
+    const floating[::1] gamma, const floating[::1] beta, double eps,
+    double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
+) noexcept nogil:
+    cdef Block b = block_of(&c.sums, c, i)
+    cdef double[:, ::1] s = of_features(statistics, &b)
+    if c.measure:
+        moments_of_block(s, x, &c.sums, &b, partials)
+    find_invstd(s, gamma, eps, &b)
+    if c.write:
+        write_block(y, x, no_dout, beta, statistics, statistics, 0, c, i, 0, c.writes.cells)
+
+
+cdef void sample_slice(
+    double[:, ::1] statistics, const floating[:, :, ::1] x, const Call *c, Py_ssize_t i,
+) noexcept nogil:
+    cdef Block b = slice_of(c, i)
+    sample_shift(of_features(statistics, &b), x, &c.sums, &b)
+
+
+cdef void finish_forward_slice(
+    double[:, ::1] statistics, const floating[:, :, ::1] x, const floating[::1] gamma, double eps,
+    double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
+) noexcept nogil:
+    cdef double storage[SUMS * WIDTH]
+    cdef Block b = slice_of(c, i)
+    cdef double[:, ::1] sums = rows_of(storage, SUMS, b.size, WIDTH)
+    cdef double[:, ::1] s = of_features(statistics, &b)
+    if c.measure:
+        merge_branches(sums, partials, c, &b)
+        finish_moments(s, sums, x, &c.sums, &b, partials)  # which are free again
+    find_invstd(s, gamma, eps, &b)
+
+
+# -------------------------------------------------------------------------------------------------
+# Backward: the sums of the gradient, then dx
+
+cdef int backward(
+    floating[:, :, ::1] dx, floating[::1] dgamma, floating[::1] dbeta,
+    double[:, ::1] sums, double[:, ::1] statistics,
+    const floating[:, :, ::1] dout, const floating[:, :, ::1] x, double count,
+    double[:, :, ::1] partials, const Call *c,
+) noexcept nogil:
+    """dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n)."""
+    cdef const floating[::1] no_beta = dgamma[:0]
+    cdef Py_ssize_t i, cells = c.sums.cells // c.branches
+    if c.by_cells:
+        with parallel(num_threads=c.threads):
+            if c.measure:
+                for i in prange(c.branches, schedule="static"):
+                    sum_branch(partials, i * c.levels, statistics, x, dout, c, i * cells, cells)
+                for i in prange(c.slices, schedule="static"):
+                    finish_backward_slice(
+                        dgamma, dbeta, sums, statistics, dout, x, partials, c, i)
+            if c.write:
+                for i in prange(c.threads, schedule="static"):
+                    write_cells_of(i, dx, x, dout, no_beta, statistics, sums, count, c)
+    elif c.threads == 1:
+        for i in range(c.blocks):
+            backward_block(
+                dx, dgamma, dbeta, sums, statistics, dout, x, no_beta, count, partials, c, i)
+    else:
+        for i in prange(c.blocks, num_threads=c.threads, schedule="static"):
+            backward_block(
+                dx, dgamma, dbeta, sums, statistics, dout, x, no_beta, count, partials, c, i)
+    return 0
+
+
+cdef void backward_block(
+    floating[:, :, ::1] dx, floating[::1] dgamma, floating[::1] dbeta,
+    double[:, ::1] sums, double[:, ::1] statistics,
+    const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
+    const floating[::1] no_beta, double count,
+    double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
+) noexcept nogil:
+    cdef Block b = block_of(&c.sums, c, i)
+    if c.measure:
+        gradients_of_block(
+            of_features(sums, &b), dgamma, dbeta, of_features(statistics, &b), dout, x,
+            &c.sums, &b, partials)
+    if c.write:
+        write_block(dx, x, dout, no_beta, statistics, sums, count, c, i, 0, c.writes.cells)
+
+
+cdef void finish_backward_slice(
+    floating[::1] dgamma, floating[::1] dbeta, double[:, ::1] sums, double[:, ::1] statistics,
+    const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
+    double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
+) noexcept nogil:
+    cdef double storage[CENTRES * WIDTH]
+    cdef Block b = slice_of(c, i)
+    cdef double[:, ::1] total = of_features(sums, &b)
+    cdef double[:, ::1] s = of_features(statistics, &b)
+    cdef double[:, ::1] centres = rows_of(storage, CENTRES, b.size, WIDTH)
+    merge_branches(total, partials, c, &b)
+    find_centres(centres, s, floating is float)
+    finish_gradients(total, dgamma, dbeta, centres, s, dout, x, &c.sums, &b, partials)
+
+
+# -------------------------------------------------------------------------------------------------
+# What the package calls: pointers become views here, and float or double has one signature
+
+cdef int take_partials(double **memory, Shape *levels, const Call *c) noexcept nogil:
+    """Memory for the partial sums, and its shape. From the heap: a thread may have little stack."""
+    levels.outer, levels.features, levels.inner = c.branches * c.levels, SUMS, c.sums.features
+    memory[0] = NULL
+    if not c.measure or c.sums.cells == 1:
+        return 0
+    memory[0] = <double *>malloc(levels.outer * SUMS * levels.inner * sizeof(double))
+    return 0 if memory[0] != NULL else -1
+
+
+cdef int enter_forward(
+    floating *y, double *statistics, const floating *x, const floating *gamma, const floating *beta,
+    const Shape *shape, double eps, bint measure, const Resources *use,
+) noexcept nogil:
+    cdef Call c = plan_call(shape, sizeof(floating), measure, y != NULL, y == x, use)
+    cdef double *partials
+    cdef Shape levels
+    if take_partials(&partials, &levels, &c):
+        return -1
+    forward(
+        array_of(y, shape), rows_of(statistics, STATISTICS, shape.features, shape.features),
+        array_of(x, shape), parameter_of(gamma, shape), parameter_of(beta, shape), eps,
+        array_of(partials, &levels), &c)
+    free(partials)
+    clear_vectors()
+    return 0
+
+
+cdef int enter_backward(
+    floating *dx, floating *dgamma, floating *dbeta, double *sums, double *statistics,
+    const floating *dout, const floating *x,
+    const Shape *shape, double count, bint measure, const Resources *use,
+) noexcept nogil:
+    cdef Call c = plan_call(shape, sizeof(floating), measure, dx != NULL, dx == dout, use)
+    cdef double *partials
+    cdef Shape levels
+    c.frozen = isinf(count)
+    if take_partials(&partials, &levels, &c):
+        return -1
+    backward(
+        array_of(dx, shape), parameter_of(dgamma, shape), parameter_of(dbeta, shape),
+        rows_of(sums, SUMS, shape.features, shape.features),
+        rows_of(statistics, STATISTICS, shape.features, shape.features),
+        array_of(dout, shape), array_of(x, shape), count, array_of(partials, &levels), &c)
+    free(partials)
+    clear_vectors()
+    return 0
+
+
+cdef Kernels[2] TABLE
+TABLE[0].forward = <Forward>enter_forward[float]
+TABLE[0].backward = <Backward>enter_backward[float]
+TABLE[1].forward = <Forward>enter_forward[double]
+TABLE[1].backward = <Backward>enter_backward[double]
+
+KERNELS = PyCapsule_New(TABLE, "bn_cy.Kernels", NULL)
+FLAGS = C_FLAGS.decode()  # what the compiler was told for this variant

@@ -1,0 +1,168 @@
+# What Cython has no words for: all the C of the kernels. Typed memoryviews of memory that no Python
+# object owns, stores past the cache, fetches, aligned scratch.
+#
+# Derivation: none. Tests: every test of the same bits (the stores at every alignment, through and
+# past the cache: tests/test_same_bits.py).
+
+cdef extern from *:
+    """
+    #include <float.h>
+    #include <stdint.h>
+    #include <string.h>
+    #ifndef BN_CY_FLAGS
+    #define BN_CY_FLAGS ""
+    #endif
+    #if defined(__x86_64__) || defined(_M_X64)
+    #include <immintrin.h>
+    #define BN_STREAMS 1
+    #else
+    #define BN_STREAMS 0
+    #endif
+    #if defined(_MSC_VER)
+    #pragma fp_contract(off)  /* on by default before Visual Studio 2022 */
+    #endif
+
+    /* Typed memoryviews of memory that no object owns: theirs is None, which Cython counts no
+       references to. As macros, for `sizeof`, and as Cython declares its struct after this. */
+    #define bn_view(start, ...) ((__Pyx_memviewslice){ \\
+        (struct __pyx_memoryview_obj *)Py_None, (char *)(start), __VA_ARGS__, {-1, -1, -1}})
+    #define bn_row(start, width, size) bn_view(start, {width}, {size})
+    #define bn_rows(start, rows, width, bytes, size) \\
+        bn_view(start, {rows, width}, {bytes, size})
+    #define bn_array(start, outer, features, inner, size) \\
+        bn_view(start, {outer, features, inner}, \\
+                {(features) * (inner) * (size), (inner) * (size), size})
+
+    #if BN_STREAMS
+    /* The pieces of a line that two runs or rows share meet in the buffer of such stores: ordinary
+       ones would read the line first. */
+    static inline void bn_stream_words(char *to, const char *from, size_t bytes) {
+        for (size_t i = 0; i < bytes; i += 4) {
+            int word;
+            memcpy(&word, from + i, 4);
+            _mm_stream_si32((int *)(to + i), word);
+        }
+    }
+    #endif
+
+    /* Copy floats or doubles past the cache, by non-temporal stores of whole lines and of words. */
+    static inline void bn_stream(void *target, const void *source, size_t bytes) {
+    #if BN_STREAMS
+        char *to = (char *)target;
+        const char *from = (const char *)source;
+        size_t head = -(uintptr_t)to & 63;
+        if (head) {
+            if (head > bytes) head = bytes;
+            bn_stream_words(to, from, head);
+            to += head; from += head; bytes -= head;
+        }
+        for (; bytes >= 64; bytes -= 64, to += 64, from += 64) {
+    #if defined(__AVX512F__)
+            _mm512_stream_ps((float *)to, _mm512_loadu_ps((const float *)from));
+    #elif defined(__AVX__)
+            _mm256_stream_ps((float *)to, _mm256_loadu_ps((const float *)from));
+            _mm256_stream_ps((float *)to + 8, _mm256_loadu_ps((const float *)from + 8));
+    #else
+            for (int i = 0; i < 16; i += 4)
+                _mm_stream_ps((float *)to + i, _mm_loadu_ps((const float *)from + i));
+    #endif
+        }
+        bn_stream_words(to, from, bytes);
+    #else
+        memcpy(target, source, bytes);
+    #endif
+    }
+
+    /* Scratch that starts on a cache line: vectors across two lines load at half the speed. By an
+       offset, so that the compiler still knows that nothing else can lie there. */
+    #define bn_aligned(scratch) ((void *)((char *)(scratch) + (-(uintptr_t)(scratch) & 63)))
+
+    /* Ask for memory that is to be read soon, into the second-level cache. */
+    static inline void bn_fetch(const void *source, size_t bytes) {
+    #if defined(__GNUC__)
+        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)source + i, 0, 2);
+    #endif
+    }
+
+    /* Before a caller whose code is SSE's: dirty upper halves of the vector registers slow it. */
+    static inline void bn_clear_vectors(void) {
+    #if defined(__AVX__)
+        _mm256_zeroupper();
+    #endif
+    }
+
+    static inline void bn_stream_end(void) {
+    #if BN_STREAMS
+        _mm_sfence();
+    #endif
+    }
+    """
+    float[::1] float_row "bn_row"(
+        const void *start, Py_ssize_t width, Py_ssize_t size) noexcept nogil
+    double[::1] double_row "bn_row"(
+        const void *start, Py_ssize_t width, Py_ssize_t size) noexcept nogil
+    float[:, ::1] float_rows "bn_rows"(
+        const void *start, Py_ssize_t rows, Py_ssize_t width, Py_ssize_t bytes,
+        Py_ssize_t size) noexcept nogil
+    double[:, ::1] double_rows "bn_rows"(
+        const void *start, Py_ssize_t rows, Py_ssize_t width, Py_ssize_t bytes,
+        Py_ssize_t size) noexcept nogil
+    float[:, :, ::1] float_array "bn_array"(
+        const void *start, Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner,
+        Py_ssize_t size) noexcept nogil
+    double[:, :, ::1] double_array "bn_array"(
+        const void *start, Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner,
+        Py_ssize_t size) noexcept nogil
+    void stream "bn_stream"(void *target, const void *source, size_t size) noexcept nogil
+    void end_streaming "bn_stream_end"() noexcept nogil
+    void clear_vectors "bn_clear_vectors"() noexcept nogil
+    void fetch "bn_fetch"(const void *source, size_t size) noexcept nogil
+    void *aligned "bn_aligned"(void *scratch) noexcept nogil
+    const char *C_FLAGS "BN_CY_FLAGS"
+    const double LARGEST "DBL_MAX"
+    const bint STREAMS "BN_STREAMS"  # whether there are stores past the cache
+
+cdef enum:
+    LINE = 16  # floats of a cache line
+
+
+cdef inline floating[::1] row_of(const floating *start, Py_ssize_t width) noexcept nogil:
+    """A view of so many values."""
+    if floating is float:
+        return float_row(start, width, sizeof(float))
+    else:
+        return double_row(start, width, sizeof(double))
+
+
+cdef inline floating[:, ::1] rows_of(
+    const floating *start, Py_ssize_t rows, Py_ssize_t width, Py_ssize_t stride,
+) noexcept nogil:
+    """A view of rows of `width` values that begin `stride` values after each other."""
+    if floating is float:
+        return float_rows(start, rows, width, stride * <Py_ssize_t>sizeof(float), sizeof(float))
+    else:
+        return double_rows(start, rows, width, stride * <Py_ssize_t>sizeof(double), sizeof(double))
+
+
+cdef inline floating[:, ::1] tile(
+    const floating[:, ::1] rows, Py_ssize_t i, Py_ssize_t j, Py_ssize_t count, Py_ssize_t width,
+) noexcept nogil:
+    """A view of `count` rows of a view from row i on, and of `width` columns from j on."""
+    if floating is float:
+        return float_rows(&rows[i, j], count, width, rows.strides[0], sizeof(float))
+    else:
+        return double_rows(&rows[i, j], count, width, rows.strides[0], sizeof(double))
+
+
+cdef inline floating[:, :, ::1] array_of(const floating *start, const Shape *shape) noexcept nogil:
+    """A view of a whole array; of none where there is none."""
+    cdef Py_ssize_t outer = 0 if start == NULL else shape.outer
+    if floating is float:
+        return float_array(start, outer, shape.features, shape.inner, sizeof(float))
+    else:
+        return double_array(start, outer, shape.features, shape.inner, sizeof(double))
+
+
+cdef inline floating[::1] parameter_of(const floating *start, const Shape *shape) noexcept nogil:
+    """A view of one value a feature; of none where there is none."""
+    return row_of(start, 0 if start == NULL else shape.features)

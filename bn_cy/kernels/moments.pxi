@@ -1,0 +1,222 @@
+# Mean and variance of a block of features, and what normalizing needs of them.
+#
+# Derivation, over the n values of a feature, with d = sum(x - shift)/n:
+#
+#   mean = shift + d        var = sum((x - shift)^2)/n - d^2        invstd = 1/sqrt(var + eps)
+#
+# Any shift gives these; one near the mean loses no digits. It is guessed from a few values, and
+# where it turns out to be far off, the feature is summed again: its rescue.
+# Twins: `reference.moments`, `reference.forward`.
+# Tests: tests/test_accuracy.py (outliers, offsets, overflow), tests/test_kernels.py.
+# Bytes moved: O(features); samples are a few values a feature. A rescue is a first pass more.
+
+from libc.math cimport fabs, isfinite, sqrt
+from libc.string cimport memset
+
+from bn_cy.kernels cimport GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR
+
+cdef enum:
+    # Values of a feature that its shift is the mean of: of normal data it is then 1.2 standard
+    # deviations off in one feature of thousands.
+    SAMPLES = 8
+    # Passes in double until a feature's shift is near its mean, at the most.
+    RESCUES = 4
+
+
+cdef inline double coarse(double value, double spread) noexcept nogil:
+    """Round to about an eighth of the spread: float data less this are float numbers, nearly all
+    of them, where a shift with digits below theirs would round most differences, and all the same
+    way."""
+    cdef double large = 844424930131968.0 * spread  # 1.5 * 2^49
+    return (value + large) - large
+
+
+cdef void sample_shift(
+    double[:, ::1] s, const floating[:, :, ::1] x, const Grid *g, const Block *b,
+) noexcept nogil:
+    """A guess at the mean: that of a few values spread over the feature. Exact for a constant."""
+    cdef const floating *first = &x[0, b.start, 0]
+    cdef const floating *row
+    cdef floating total[WIDTH]  # of steps from the first value
+    cdef floating reach[WIDTH]  # the largest of them
+    cdef floating step
+    cdef Py_ssize_t k, f, inner = g.inner, size = b.size
+    cdef Py_ssize_t samples = min(<Py_ssize_t>SAMPLES, g.count)
+    cdef double one_of_them = 1 / <double>samples
+    memset(total, 0, size * sizeof(floating))
+    memset(reach, 0, size * sizeof(floating))
+    for k in range(1, samples):
+        row = &x[k * g.outer // samples, b.start, k * inner // samples]
+        if row == first:  # nothing new; without this GCC makes no vectors of the loop below
+            continue
+        for f in range(size):
+            step = row[f * inner] - first[f * inner]
+            total[f] += step
+            reach[f] = max(reach[f], <floating>fabs(step))
+    for f in range(size):
+        s[MEAN, f] = first[f * inner] + <double>total[f] * one_of_them
+    if floating is float:
+        for f in range(size):
+            s[MEAN, f] = <float>coarse(s[MEAN, f], reach[f])
+
+
+cdef inline void set_moments(
+    double[:, ::1] s, Py_ssize_t f, double deviation, double square,
+) noexcept nogil:
+    """Those of a feature from the means about the shift, which its mean still holds."""
+    cdef double shift = s[MEAN, f]
+    cdef double var = square - deviation * deviation
+    cdef double mean = shift + deviation
+    s[MEAN, f] = mean
+    s[REST, f] = (shift - mean) + deviation
+    s[VAR, f] = 0 if var < 0 else var
+
+
+cdef inline double far_from(Py_ssize_t count) noexcept nogil:
+    """(mean - shift)^2/var from which a feature is summed again. It multiplies the rounding of the
+    sum of squares, which is the smaller the more values there are; samples are off so far in one
+    feature of thousands, or where they hold an outlier, while a feature that is summed in vain
+    costs its block a pass."""
+    return 1.5 if count < 1024 else 16
+
+
+cdef bint find_moments(
+    double[:, ::1] s, long long *suspect, const double[:, ::1] sums, Py_ssize_t count,
+    double least,
+) noexcept nogil:
+    """The moments of a block, and which of them to doubt: those whose shift was far from the mean,
+    and those whose squares overflowed or were too small to keep their digits. 0 is among these."""
+    cdef Py_ssize_t f
+    cdef double deviation, nth = 1 / <double>count, far = far_from(count)
+    cdef long long doubt = 0
+    for f in range(s.shape[1]):
+        set_moments(s, f, sums[FIRST, f] * nth, sums[SECOND, f] * nth)
+    for f in range(s.shape[1]):
+        deviation = sums[FIRST, f] * nth  # `&`, not `and`: no branches, so that it is vectorised
+        suspect[f] = not (
+            (deviation * deviation <= far * s[VAR, f])
+            & (least <= s[VAR, f]) & (s[VAR, f] <= 1e300))
+        doubt |= suspect[f]
+    return doubt != 0
+
+
+cdef void sum_deviations(
+    double[:, ::1] total, const floating[:, :, ::1] x, double[:, ::1] s, real *scratch,
+    const Grid *g, const Block *b, double[:, :, ::1] levels,
+) noexcept nogil:
+    """The sums of a block about its shift, in the type of the scratch."""
+    cdef real[:, ::1] centres = rows_of(scratch, CENTRES, b.width, b.pitch)
+    spread(row_of(scratch, b.width), row_of(&s[MEAN, 0], b.size), g, b)
+    partial_sums(total, x, x[:0], centres, g, b, 0, g.cells, levels, 0)
+
+
+cdef void sum_again(
+    double[:, ::1] s, long long *suspect, const floating[:, :, ::1] x, const Grid *g,
+    const Block *b, double[:, :, ::1] levels,
+) noexcept nogil:
+    """The same sums with every term in double, about the mean just found, until it stays there."""
+    cdef double scratch[CENTRES * SCRATCH]
+    cdef double storage[SUMS * WIDTH]
+    cdef double[:, ::1] sums = rows_of(storage, SUMS, b.size, WIDTH)
+    cdef double deviation, nth = 1 / <double>g.count, far = far_from(g.count)
+    cdef bint again = True
+    cdef int attempt
+    cdef Py_ssize_t f
+    for f in range(b.size):
+        if not isfinite(s[MEAN, f]):  # the sums overflowed: from any value of the feature
+            s[MEAN, f] = x[0, b.start + f, 0]
+    for attempt in range(RESCUES):
+        if not again:
+            return
+        again = False
+        sum_deviations(sums, x, s, scratch, g, b, levels)
+        for f in range(b.size):
+            if suspect[f]:
+                deviation = sums[FIRST, f] * nth
+                set_moments(s, f, deviation, sums[SECOND, f] * nth)
+                suspect[f] = isfinite(s[VAR, f]) and deviation * deviation > far * s[VAR, f]
+                again |= suspect[f] != 0
+
+
+cdef void rescue_moments(
+    double[:, ::1] s, long long *suspect, const floating[:, :, ::1] x, const Grid *g,
+    const Block *b, double[:, :, ::1] levels,
+) noexcept nogil:
+    """Sum suspects again, a stretch of adjacent ones at a time."""
+    cdef Grid r = single_rows(g)
+    cdef Block stretch
+    cdef Py_ssize_t first = 0, stop
+    while first < b.size:
+        stop = first
+        while stop < b.size and suspect[stop]:
+            stop += 1
+        if stop > first:
+            stretch = block_at(&r, b.start + first, stop - first)
+            sum_again(
+                rows_of(&s[0, first], STATISTICS, stop - first, g.features), suspect + first,
+                x, &r, &stretch, levels)
+        first = stop + 1
+
+
+cdef void finish_moments(
+    double[:, ::1] s, const double[:, ::1] sums, const floating[:, :, ::1] x, const Grid *g,
+    const Block *b, double[:, :, ::1] levels,
+) noexcept nogil:
+    cdef long long suspect[WIDTH]
+    cdef double least = 1e-30 if floating is float else 1e-290  # squares below it lose digits
+    if find_moments(s, suspect, sums, g.count, least):
+        rescue_moments(s, suspect, x, g, b, levels)
+
+
+cdef void moments_of_block(
+    double[:, ::1] s, const floating[:, :, ::1] x, const Grid *g, const Block *b,
+    double[:, :, ::1] levels,
+) noexcept nogil:
+    """From samples to a shift, sums about it, moments."""
+    cdef floating narrow[CENTRES * SCRATCH]
+    cdef double wide[CENTRES * SCRATCH]
+    cdef double storage[SUMS * WIDTH]
+    cdef double[:, ::1] sums = rows_of(storage, SUMS, b.size, WIDTH)
+    sample_shift(s, x, g, b)
+    if g.count < FEW:
+        sum_deviations(sums, x, s, <double *>aligned(wide), g, b, levels)
+    else:
+        sum_deviations(sums, x, s, <floating *>aligned(narrow), g, b, levels)
+    finish_moments(s, sums, x, g, b, levels)
+
+
+cdef void find_invstd(
+    double[:, ::1] s, const floating[::1] gamma, double eps, const Block *b,
+) noexcept nogil:
+    """invstd, and gamma beside it: what the second pass, and the backward, need."""
+    cdef Py_ssize_t f
+    for f in range(b.size):
+        s[INVSTD, f] = 1 / sqrt(s[VAR, f] + eps)
+    if gamma.shape[0] == 0:
+        for f in range(b.size):
+            s[GAMMA, f] = 1
+    else:
+        for f in range(b.size):
+            s[GAMMA, f] = gamma[b.start + f]
+
+
+cdef void prepare_normalize(
+    floating[:, ::1] columns, const double[:, ::1] s, const floating[::1] beta, const Grid *g,
+    const Block *b,
+) noexcept nogil:
+    """Each parameter by a loop of its own: with more arrays GCC gives up making vectors."""
+    cdef Py_ssize_t f
+    for f in range(b.size):
+        columns[HI, f] = <floating>s[MEAN, f]
+        columns[SCALE, f] = <floating>(s[GAMMA, f] * s[INVSTD, f])
+    if beta.shape[0] == 0:
+        for f in range(b.size):
+            columns[SHIFT, f] = <floating>(
+                -((s[MEAN, f] - columns[HI, f]) + s[REST, f]) * (s[GAMMA, f] * s[INVSTD, f]))
+    else:
+        for f in range(b.size):
+            columns[SHIFT, f] = <floating>(
+                -((s[MEAN, f] - columns[HI, f]) + s[REST, f]) * (s[GAMMA, f] * s[INVSTD, f])
+                + beta[b.start + f])
+    for f in range(SHIFT + 1):
+        expand(row_of(&columns[f, 0], b.width), g, b)

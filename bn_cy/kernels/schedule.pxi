@@ -1,0 +1,242 @@
+# A call: its two passes, and how threads share them.
+#
+# Either each thread takes blocks of features and makes both passes over a block while its cache
+# holds it; or, where there are few features or blocks outgrow the cache, each takes cells, which
+# are stretches of rows, and the passes follow each other. The bits are the same.
+#
+# Derivation: none; what each step computes is said in the rooms that it calls.
+# Tests: tests/test_same_bits.py, with 1 to 16 threads; tests/test_threads.py.
+# Bytes moved: those of the passes, and of partial sums 16 a feature and cell.
+#
+# From here up a direction is a fact of the call: the forward has no dout.
+
+from libc.string cimport memcpy
+
+from bn_cy.kernels cimport MEAN, Resources, Shape
+
+cdef enum:
+    # Values from those that are written to those that are fetched, at the least: eight bursts.
+    AHEAD = 1024
+
+
+cdef struct Call:
+    Grid sums, writes        # how the first pass walks, and the second
+    bint measure, write      # which of the passes are to be made
+    int writing              # DIRECT, STREAMING or IN_PLACE
+    int threads
+    Py_ssize_t cache
+    bint far                 # the arrays do not stay in the cache
+    bint by_cells
+    Py_ssize_t unit, units, blocks  # features that end with a cache line, how many such, blocks
+    Py_ssize_t branches, levels  # by cells: subtrees that threads sum, levels of one
+    Py_ssize_t slice, slices     # features whose branches a thread adds up, how many such
+    bint frozen                  # backward: the statistics do not depend on x, nor does dx
+
+
+cdef inline bint pays_by_cells(const Grid *g, Py_ssize_t threads, bint far) noexcept nogil:
+    """Whether threads had better share the rows of all features: of runs, where features divide
+    badly by them; of columns, wherever as many find work so, as memory wants whole rows, also of
+    a single thread."""
+    cdef Py_ssize_t busy = min(threads, g.cells)
+    if g.cells == 1:
+        return False
+    if threads == 1:
+        return far and not g.runs and g.stride > WIDTH
+    if g.runs:
+        return 3 * busy * ceil_div(g.features, threads) >= 4 * g.features
+    return g.times > 1 or busy >= min(threads, g.stride // NARROW)
+
+
+cdef Call plan_call(
+    const Shape *shape, Py_ssize_t itemsize, bint measure, bint write, bint in_place,
+    const Resources *use,
+) noexcept nogil:
+    cdef Call c
+    c.sums = plan_sums(shape)
+    c.writes = plan_writes(&c.sums)
+    c.measure, c.write, c.frozen = measure, write, False
+    c.writing = STREAMING if use.far and STREAMS else IN_PLACE if in_place else DIRECT
+    c.threads, c.cache, c.far = use.threads, use.cache, use.far
+    c.by_cells = pays_by_cells(&c.sums, c.threads, c.far)
+    share_blocks(&c, block_features(&c.sums, itemsize, c.cache, measure))
+    share_cells(&c)
+    return c
+
+
+cdef inline void share_blocks(Call *c, Py_ssize_t size) noexcept nogil:
+    """Blocks of at most so many features, of whole cache lines, as many for each thread."""
+    c.unit = 1 if c.sums.runs else min(line_multiple(c.sums.inner), size)
+    if c.sums.times > 1:
+        c.unit = size
+    c.units = ceil_div(c.sums.features, c.unit)
+    c.blocks = ceil_div(c.units, size // c.unit)
+    if not c.by_cells:
+        c.blocks = min(round_up(c.blocks, c.threads), c.units)
+        c.threads = min(<Py_ssize_t>c.threads, c.blocks)
+
+
+cdef inline void share_cells(Call *c) noexcept nogil:
+    """A branch of the tree of cells for each thread, or, where these are no power of two, a cell;
+    and slices of the features, whose columns fit the scratch of a rescue."""
+    c.branches = 1
+    if c.by_cells:
+        c.threads = min(<Py_ssize_t>c.threads, c.sums.cells)
+        c.branches = c.threads if c.sums.cells % c.threads == 0 else c.sums.cells
+    c.levels = 1
+    while c.sums.cells // c.branches >> c.levels:
+        c.levels += 1
+    c.slice = round_up(ceil_div(c.sums.features, c.threads), LINE)
+    c.slice = min(c.slice, WIDTH // c.sums.each)
+    c.slices = ceil_div(c.sums.features, c.slice)
+
+
+cdef inline Block block_of(const Grid *g, const Call *c, Py_ssize_t i) noexcept nogil:
+    cdef Py_ssize_t start = c.units * i // c.blocks * c.unit
+    return block_at(g, start, c.units * (i + 1) // c.blocks * c.unit - start)
+
+
+cdef inline Block slice_of(const Call *c, Py_ssize_t i) noexcept nogil:
+    return block_at(&c.sums, i * c.slice, c.slice)
+
+
+# What is fetched ahead
+
+cdef inline bint fits_cache(const Block *b, const Call *c, Py_ssize_t itemsize) noexcept nogil:
+    """Whether a thread finds a block in its cache a second time; `itemsize` of all that is read."""
+    return not c.by_cells and b.size * c.sums.count * itemsize <= c.cache
+
+
+cdef inline Py_ssize_t to_next_row(const Grid *g, const Block *b) noexcept nogil:
+    """From a value that is written to the one below it, which is written a row later; where rows
+    adjoin, as far along memory as fetching takes."""
+    if g.runs and b.size == 1 and g.inner <= CHUNK:
+        return g.features * g.inner
+    return max(<Py_ssize_t>AHEAD, g.stride)
+
+
+cdef inline Py_ssize_t written_ahead(
+    const Block *b, const Call *c, Py_ssize_t i, Py_ssize_t itemsize,
+) noexcept nogil:
+    """From a value that is written past the cache to one that is to be fetched: of the thread's
+    next block, where the first pass has left this one in the cache, else of the next row."""
+    if c.writing != STREAMING:
+        return 0
+    if c.measure and fits_cache(b, c, itemsize):
+        return b.size * c.writes.inner if i + 1 < c.blocks else 0
+    return to_next_row(&c.writes, b)
+
+
+# The first pass by cells
+
+cdef inline void sum_block_in_cell(
+    double[:, :, ::1] partials, Py_ssize_t level, double[:, ::1] statistics,
+    const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
+    const Call *c, Py_ssize_t cell, Py_ssize_t i,
+) noexcept nogil:
+    cdef floating scratch[CENTRES * SCRATCH]
+    cdef double storage[CENTRES * WIDTH]
+    cdef bint backward = dout.shape[0] > 0
+    cdef Block b = block_of(&c.sums, c, i)
+    cdef double[:, ::1] s = of_features(statistics, &b)
+    cdef double[:, ::1] total = of_level(partials, level, &b)
+    cdef double[:, ::1] centres = rows_of(storage, CENTRES, b.size, WIDTH)
+    cdef floating[:, ::1] columns = rows_of(
+        <floating *>aligned(scratch), CENTRES, b.width, b.pitch)
+    if backward:
+        find_centres(centres, s, floating is float)
+        spread_centres(columns, centres, &c.sums, &b)
+        sum_cell(total, x, dout, columns, &c.sums, &b, cell, BACKWARDS)
+    else:
+        spread(row_of(&columns[CENTRE, 0], b.width), row_of(&s[MEAN, 0], b.size), &c.sums, &b)
+        sum_cell(total, x, x, columns, &c.sums, &b, cell, FORWARDS)
+
+
+cdef void sum_branch(
+    double[:, :, ::1] partials, Py_ssize_t level, double[:, ::1] statistics,
+    const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
+    const Call *c, Py_ssize_t cell, Py_ssize_t cells,
+) noexcept nogil:
+    """As `partial_sums`, all blocks of a cell before the next: memory is read in whole rows."""
+    cdef Py_ssize_t i, half = cells // 2
+    cdef Block whole
+    if cells == 1:
+        for i in range(c.blocks):
+            sum_block_in_cell(partials, level, statistics, x, dout, c, cell, i)
+    else:
+        sum_branch(partials, level, statistics, x, dout, c, cell, half)
+        sum_branch(partials, level + 1, statistics, x, dout, c, cell + half, half)
+        whole = block_at(&c.sums, 0, c.sums.features)
+        add_sums(of_level(partials, level, &whole), of_level(partials, level + 1, &whole))
+
+
+cdef void merge_branches(
+    double[:, ::1] total, double[:, :, ::1] partials, const Call *c, const Block *b,
+) noexcept nogil:
+    """The rest of the tree, from the branches down to the root."""
+    cdef Py_ssize_t i, first, step = c.levels
+    cdef double[:, ::1] root = of_level(partials, 0, b)
+    while step < c.branches * c.levels:
+        for i in range(c.branches * c.levels // (2 * step)):
+            first = 2 * i * step
+            add_sums(of_level(partials, first, b), of_level(partials, first + step, b))
+        step *= 2
+    memcpy(&total[FIRST, 0], &root[FIRST, 0], b.size * sizeof(double))
+    memcpy(&total[SECOND, 0], &root[SECOND, 0], b.size * sizeof(double))
+
+
+# The second pass
+
+cdef void write_block(
+    floating[:, :, ::1] out, const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
+    const floating[::1] beta, double[:, ::1] statistics, double[:, ::1] sums, double count,
+    const Call *c, Py_ssize_t i, Py_ssize_t first, Py_ssize_t stop,
+) noexcept nogil:
+    """A block in some cells, from the last to the first: it begins on what the first pass left in
+    the cache."""
+    cdef floating scratch[PARAMETERS * SCRATCH]
+    cdef bint backward = dout.shape[0] > 0
+    cdef const floating[:, :, ::1] source
+    cdef Block b = block_of(&c.writes, c, i)
+    cdef double[:, ::1] s = of_features(statistics, &b)
+    cdef floating[:, ::1] columns = rows_of(
+        <floating *>aligned(scratch), PARAMETERS, b.width, b.pitch)
+    cdef Py_ssize_t cell, read = (2 if backward else 1) * sizeof(floating)
+    cdef Py_ssize_t ahead = written_ahead(&b, c, i, read)
+    if not backward:
+        source = x
+        prepare_normalize(columns, s, beta, &c.writes, &b)
+    elif c.frozen:
+        source = dout
+        prepare_frozen_gradient(columns, s, &c.writes, &b)
+    else:
+        prepare_input_gradient(columns, s, of_features(sums, &b), count, &c.writes, &b)
+    for cell in range(stop - 1, first - 1, -1):
+        if backward and not c.frozen:
+            write_cell(
+                out, x, dout, columns, &c.writes, &b, cell, c.writing, ahead, BACKWARDS)
+        else:
+            write_cell(
+                out, source, source, columns, &c.writes, &b, cell, c.writing, ahead, FORWARDS)
+    end_streaming()
+
+
+cdef inline Py_ssize_t first_cell(const Call *c, Py_ssize_t thread) noexcept nogil:
+    """Where a thread's cells to be written begin: about the rows that it summed."""
+    return c.writes.cells * thread // c.threads
+
+
+cdef void write_cells_of(
+    Py_ssize_t thread, floating[:, :, ::1] out,
+    const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
+    const floating[::1] beta, double[:, ::1] statistics, double[:, ::1] sums, double count,
+    const Call *c,
+) noexcept nogil:
+    """A thread's cells: within the cache all of a block and then the next block, past it cell by
+    cell, as memory is read best in whole rows."""
+    cdef Py_ssize_t first = first_cell(c, thread), stop = first_cell(c, thread + 1)
+    cdef Py_ssize_t i, begin
+    while stop > first:
+        begin = stop - 1 if c.blocks > 1 and c.far else first
+        for i in range(c.blocks):
+            write_block(out, x, dout, beta, statistics, sums, count, c, i, begin, stop)
+        stop = begin
