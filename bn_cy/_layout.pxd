@@ -1,8 +1,8 @@
 from bn_cy.kernels cimport Shape
 
 
-cdef struct Memory:  # the arrays that one call has taken hold of
-    Py_buffer views[8]
+cdef struct Memory:  # the arrays that one call has taken hold of, copies too
+    Py_buffer views[12]
     int held
 
 
@@ -25,7 +25,8 @@ cdef class Batch:
     cdef bint is_like(self, const Py_buffer *view) noexcept
     cdef int check_shape(self, str name, array, const Py_buffer *view) except -1
     cdef const void *gradient(self, Memory *memory, dout) except NULL
-    cdef object target(self, out)
+    cdef object target(self, Memory *memory, out, Py_buffer **given, Py_buffer **held)
+    cdef Py_buffer *per_feature(self, Memory *memory, str name, values, dtype) except NULL
     cdef const void *parameter(self, Memory *memory, str name, values) except? NULL
     cdef double *running(self, Memory *memory, str name, array) except NULL
     cdef int row(self, double *to, str name, values) except -1
@@ -33,5 +34,6 @@ cdef class Batch:
 
 cdef as_array(values)
 cpdef double as_number(str name, value) except? -1
-cdef bint is_same(a, b) except -1
+cdef bint is_same(const Py_buffer *a, const Py_buffer *b) noexcept
+cdef int refuse_overlap(out, array, const Py_buffer *a, const Py_buffer *b, str message) except -1
 cdef Batch batch_of(x, axis)

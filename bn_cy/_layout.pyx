@@ -14,6 +14,7 @@ import numpy as np
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
 from libc.math cimport INFINITY
 from libc.stdint cimport uintptr_t
+from libc.string cimport memcpy
 
 from bn_cy._buffers cimport Buffer
 
@@ -100,35 +101,20 @@ def as_real(name, values):
     return array
 
 
-def check_apart(out, array, message):
-    """Refuse an `out` that shares memory with an array."""
-    cdef Memory memory
-    cdef bint apart
-    memory.held = 0
-    try:
-        apart = are_apart(hold(&memory, "out", out), hold(&memory, "array", array))
-    finally:
-        release(&memory)
-    if not apart and np.shares_memory(out, array):
+cdef int refuse_overlap(out, array, const Py_buffer *a, const Py_buffer *b, str message) except -1:
+    """Refuse an `out` that shares memory with an array; a and b are their views."""
+    if not are_apart(a, b) and np.shares_memory(out, array):
         raise ValueError(message)
+    return 0
 
 
-cdef bint is_same(a, b) except -1:
+cdef bint is_same(const Py_buffer *a, const Py_buffer *b) noexcept:
     """Tell whether two arrays of one dtype are the same memory, seen alike."""
-    cdef Memory memory
-    cdef Py_buffer *first
-    cdef Py_buffer *second
-    cdef bint same
+    cdef bint same = a.buf == b.buf and a.ndim == b.ndim
     cdef int i
-    memory.held = 0
-    try:
-        first, second = hold(&memory, "a", a), hold(&memory, "b", b)
-        same = first.buf == second.buf and first.ndim == second.ndim
-        if same:
-            for i in range(first.ndim):
-                same &= first.shape[i] == second.shape[i] and first.strides[i] == second.strides[i]
-    finally:
-        release(&memory)
+    if same:
+        for i in range(a.ndim):
+            same &= a.shape[i] == b.shape[i] and a.strides[i] == b.strides[i]
     return same
 
 
@@ -252,41 +238,44 @@ cdef class Batch:
             view = hold(memory, "dout", copy)
         return view.buf
 
-    cdef object target(self, out):
-        """What the kernels write: `out`, or an array to be copied into it; a new one for None."""
-        cdef Memory memory
-        cdef bint direct
-        if out is None:
-            return self.empty()
-        if not isinstance(out, ndarray):
-            raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
-        if not out.flags.writeable:
-            raise ValueError("out must be writable, got a read-only array")
-        memory.held = 0
-        try:
-            self.check_shape("out", out, hold(&memory, "out", out))
-            direct = self.is_like(&memory.views[0])
-        finally:
-            release(&memory)
-        return out if direct else self.empty()
+    cdef object target(self, Memory *memory, out, Py_buffer **given, Py_buffer **held):
+        """What the kernels write: `out`, or an array to be copied into it; a new one for None. The
+        memory of both is held."""
+        if out is not None:
+            if not isinstance(out, ndarray):
+                raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
+            if not out.flags.writeable:
+                raise ValueError("out must be writable, got a read-only array")
+            given[0] = held[0] = hold(memory, "out", out)
+            self.check_shape("out", out, given[0])
+            if self.is_like(given[0]):
+                return out
+        array = self.empty()
+        held[0] = hold(memory, "out", array)
+        return array
 
-    cdef const void *parameter(self, Memory *memory, str name, values) except? NULL:
-        """The memory of one value per feature, of x's dtype; NULL for None."""
+    cdef Py_buffer *per_feature(self, Memory *memory, str name, values, dtype) except NULL:
+        """Hold one value per feature, contiguous and of a dtype; of a copy where it is not so."""
         cdef Py_buffer *view
-        if values is None:
-            return NULL
+        cdef char kind = b"d" if dtype is FLOAT64 else b"f"
         if type(values) is not ndarray:
             values = as_real(name, values)
         view = hold(memory, name, values)
-        if view.ndim != 1 or kind_of(view) != kind_of(&self.view) or not is_contiguous(view):
-            values = np.array(as_real(name, values), self.dtype(), order="C")
+        if view.ndim != 1 or kind_of(view) != kind or not is_contiguous(view):
+            values = np.array(as_real(name, values), dtype, order="C")
             view = hold(memory, name, values)
         if view.ndim != 1 or view.shape[0] != self.shape.features:
             raise ValueError(
                 f"{name} must have shape ({self.shape.features},), one value per feature, "
                 f"got {values.shape}"
             )
-        return view.buf
+        return view
+
+    cdef const void *parameter(self, Memory *memory, str name, values) except? NULL:
+        """The memory of one value per feature, of x's dtype; NULL for None."""
+        if values is None:
+            return NULL
+        return self.per_feature(memory, name, values, self.dtype()).buf
 
     cdef double *running(self, Memory *memory, str name, array) except NULL:
         """The memory of one float64 value per feature, to be updated."""
@@ -306,16 +295,14 @@ cdef class Batch:
 
     cdef int row(self, double *to, str name, values) except -1:
         """Copy one float64 value per feature."""
-        cdef const double[:] row
-        array = np.asarray(as_real(name, values), FLOAT64)
-        if array.shape != (self.shape.features,):
-            raise ValueError(
-                f"{name} must have shape ({self.shape.features},), one value per feature, "
-                f"got {array.shape}"
-            )
-        row = array
-        for f in range(self.shape.features):
-            to[f] = row[f]
+        cdef Memory memory
+        memory.held = 0
+        try:
+            memcpy(
+                to, self.per_feature(&memory, name, values, FLOAT64).buf,
+                self.shape.features * sizeof(double))
+        finally:
+            release(&memory)
         return 0
 
 

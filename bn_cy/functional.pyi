@@ -7,6 +7,7 @@ __all__ = [
     "Moments",
     "batchnorm_backward",
     "batchnorm_forward",
+    "frozen_forward",
     "gradient_sums",
     "input_gradient",
     "moments",
@@ -25,6 +26,17 @@ class Cache: ...  # opaque
 
 def batchnorm_forward(
     x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: _Batch | None = None,
+) -> tuple[_Batch, Cache]: ...
+def frozen_forward(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
     eps: float = 1e-5,

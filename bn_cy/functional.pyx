@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 
 from bn_cy._dispatch import KERNELS
-from bn_cy._layout import check_apart
 from bn_cy._openmp import cpu
 from bn_cy._threads import get_num_threads
 
@@ -28,12 +27,15 @@ from libc.string cimport memcpy, memset
 
 from bn_cy._buffers cimport Block
 from bn_cy.kernels cimport MEAN, REST, STATISTICS, VAR, Kernels, Resources
-from bn_cy._layout cimport Batch, Memory, as_array, as_number, batch_of, hold, is_same, release
+from bn_cy._layout cimport (
+    Batch, Memory, as_array, as_number, batch_of, hold, is_same, refuse_overlap, release,
+)
 
 __all__ = [
     "Moments",
     "batchnorm_backward",
     "batchnorm_forward",
+    "frozen_forward",
     "gradient_sums",
     "input_gradient",
     "moments",
@@ -165,7 +167,7 @@ def batchnorm_forward(x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
     return run_forward(cache, x, gamma, beta, eps, out, True, True), cache
 
 
-def training_forward(
+def _training_forward(
     x, running_mean, running_var, double momentum, bint unbiased, gamma, beta, eps, axis, out
 ):
     """`batchnorm_forward` that also updates running statistics, unless the batch is empty."""
@@ -185,8 +187,46 @@ def training_forward(
     return y, cache
 
 
-def frozen_forward(x, mean, var, gamma, beta, eps, axis, out):
-    """Normalize by given statistics; return (y, cache) as `batchnorm_forward` does."""
+def frozen_forward(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
+    """Normalize every feature by a given mean and variance, for a backward: eval mode of a layer.
+
+    Parameters
+    ----------
+    x : array of float32 or float64, two dimensions or more
+        The batch. The cache refers to it: it must not change before the backward.
+    mean, var : array of shape (features,) and any real dtype
+        The statistics, which do not depend on `x`; used in float64.
+    gamma, beta, eps, axis
+        As in `batchnorm_forward`.
+    out : array of x's shape and dtype, optional
+        Where to write `y`. It may not share memory with `x`.
+
+    Returns
+    -------
+    y : array of x's shape and dtype
+        ``gamma*(x - mean)/sqrt(var + eps) + beta``; `out`, if given.
+    cache : Cache
+        For `batchnorm_backward`, whose dx is then ``gamma*invstd*dout``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batchnorm_forward`, and if a variance is negative; one value per feature is allowed.
+
+    See Also
+    --------
+    normalize : the same without a backward, which may write over `x`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bn_cy
+    >>> x = np.array([[1.0], [5.0]])
+    >>> y, cache = bn_cy.frozen_forward(x, mean=[3.0], var=[4.0], eps=0)
+    >>> bn_cy.batchnorm_backward(np.array([[1.0], [3.0]]), cache)[0]
+    array([[0.5],
+           [1.5]])
+    """
     cdef Cache cache = frozen_cache(x, mean, var, axis)
     return run_forward(cache, x, gamma, beta, eps, out, False, True), cache
 
@@ -421,18 +461,20 @@ def input_gradient(
 cdef run_forward(Cache cache, x, gamma, beta, eps, out, bint measure, bint backward):
     """Check what is left, allocate y, fill statistics and y; keep x if there may be a backward."""
     cdef Batch batch = cache.batch
-    cdef double added = checked_eps(eps)
+    cdef double added = _checked_eps(eps)
     cdef const void *scale
     cdef const void *shift
+    cdef Py_buffer *given
+    cdef Py_buffer *target
     cdef Memory memory
     memory.held = 0
     try:
         scale = batch.parameter(&memory, "gamma", gamma)
         shift = batch.parameter(&memory, "beta", beta)
-        y = batch.target(out)
+        y = batch.target(&memory, out, &given, &target)
         if out is not None:
-            check_forward_target(out, as_array(x), backward)
-        launch_forward(cache, hold(&memory, "y", y).buf, scale, shift, added, measure)
+            check_forward_target(given, out, hold(&memory, "x", as_array(x)), x, backward)
+        launch_forward(cache, target.buf, scale, shift, added, measure)
     finally:
         release(&memory)
     cache.scaled, cache.shifted = gamma is not None, beta is not None
@@ -445,16 +487,18 @@ cdef run_backward(Cache cache, dout, dgamma, dbeta, double *sums, bint measure, 
     cdef const void *upstream
     cdef void *scale
     cdef void *shift
+    cdef Py_buffer *given
+    cdef Py_buffer *target
     cdef Memory memory
     memory.held = 0
     try:
         upstream = batch.gradient(&memory, dout)
         scale = NULL if dgamma is None else hold(&memory, "dgamma", dgamma).buf
         shift = NULL if dbeta is None else hold(&memory, "dbeta", dbeta).buf
-        dx = batch.target(out)
+        dx = batch.target(&memory, out, &given, &target)
         if out is not None:
-            check_backward_target(out, batch.array, as_array(dout))
-        launch_backward(cache, hold(&memory, "dx", dx).buf, scale, shift, sums, upstream, measure)
+            check_backward_target(given, out, hold(&memory, "dout", as_array(dout)), dout, batch)
+        launch_backward(cache, target.buf, scale, shift, sums, upstream, measure)
     finally:
         release(&memory)
     return delivered(dx, out)
@@ -477,7 +521,7 @@ cdef int launch_forward(
     return 0
 
 
-def stream_from(Py_ssize_t size):
+def _stream_from(Py_ssize_t size):
     """Set from how many bytes of all its arrays a call writes past the cache; return what it was.
     Results have the same bits either way: this is for their tests, and for measurements."""
     global streamed
@@ -588,7 +632,7 @@ cdef Cache frozen_cache(x, mean, var, axis):
 
 cdef int describe(Cache cache, gamma, eps) except -1:
     """Fill the rows that a forward would have filled: it is one without an output."""
-    cdef double added = checked_eps(eps)
+    cdef double added = _checked_eps(eps)
     cdef Memory memory
     memory.held = 0
     try:
@@ -602,7 +646,7 @@ cdef int describe(Cache cache, gamma, eps) except -1:
 # Checking arguments
 
 
-cpdef double checked_eps(eps) except -1:
+cpdef double _checked_eps(eps) except -1:
     """Return eps as a number that can be added to a variance."""
     cdef double value = as_number("eps", eps)
     if not 0 <= value < INFINITY:
@@ -617,7 +661,7 @@ cdef double checked_count(count, bint empty) except -1:
     return value
 
 
-def check_variance(str name, const double[::1] var):
+def _check_variance(str name, const double[::1] var):
     """Refuse a value below 0; NaN is let through."""
     refuse_negative(name, &var[0], var.shape[0])
 
@@ -635,18 +679,25 @@ cdef int refuse_negative(str name, const double *var, Py_ssize_t features) excep
     raise ValueError(f"{name} must not be negative, got {var[f]} at feature {f}")
 
 
-cdef int check_forward_target(out, x, bint backward) except -1:
+cdef int check_forward_target(
+    const Py_buffer *written, out, const Py_buffer *read, x, bint backward,
+) except -1:
     """Refuse a y that would overwrite x before it was read for the last time."""
     if backward:
-        check_apart(out, x, "out may not share memory with x, which the backward needs")
-    elif not is_same(out, x):
-        check_apart(out, x, "out may be x itself, but may not overlap it otherwise")
+        refuse_overlap(
+            out, x, written, read, "out may not share memory with x, which the backward needs")
+    elif not is_same(written, read):
+        refuse_overlap(
+            out, x, written, read, "out may be x itself, but may not overlap it otherwise")
     return 0
 
 
-cdef int check_backward_target(out, x, dout) except -1:
+cdef int check_backward_target(
+    const Py_buffer *written, out, const Py_buffer *read, dout, Batch batch,
+) except -1:
     """Refuse a dx that would overwrite x, or a part of dout that is still to be read."""
-    check_apart(out, x, "out may not share memory with x")
-    if not is_same(out, dout):
-        check_apart(out, dout, "out may be dout itself, but may not overlap it otherwise")
+    refuse_overlap(out, batch.array, written, &batch.view, "out may not share memory with x")
+    if not is_same(written, read):
+        refuse_overlap(
+            out, dout, written, read, "out may be dout itself, but may not overlap it otherwise")
     return 0

@@ -49,7 +49,7 @@ def fitted(name, value, current):
     if array.shape != current.shape:
         raise ValueError(f"{name} must have shape {current.shape}, got {array.shape}")
     if name == "running_var":
-        functional.check_variance(name, array)
+        functional._check_variance(name, array)
     return array
 
 
@@ -155,7 +155,7 @@ class BatchNorm:
         self.num_features = as_index("num_features", num_features)
         if self.num_features < 1:
             raise ValueError(f"num_features must be at least 1, got {num_features}")
-        functional.checked_eps(eps)
+        functional._checked_eps(eps)
         self.eps = eps
         self.momentum = momentum
         self.unbiased = bool(unbiased)
@@ -222,7 +222,7 @@ class BatchNorm:
         else:
             mean, var = self._running["running_mean"], self._running["running_var"]
             y, cache = functional.frozen_forward(
-                x, mean, var, gamma, beta, self.eps, self.axis, out
+                x, mean, var, gamma, beta, self.eps, axis=self.axis, out=out
             )
         self._cache = cache
         return y
@@ -360,7 +360,7 @@ class BatchNorm:
         tracked = self._num_batches_tracked + 1
         momentum = 1 / tracked if self._momentum is None else self._momentum
         mean, var = self._running["running_mean"], self._running["running_var"]
-        y, cache = functional.training_forward(
+        y, cache = functional._training_forward(
             x, mean, var, momentum, self.unbiased, gamma, beta, self.eps, self.axis, out
         )
         if not cache.empty:

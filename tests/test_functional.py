@@ -313,10 +313,35 @@ def test_normalize_into_memory_that_overlaps_x(rng):
     np.testing.assert_array_equal(memory, kept)
 
 
+def test_frozen_forward_is_normalize_with_a_backward(rng):
+    x, dout, gamma, beta = draw(rng, (20, 5), 1, np.float64)
+    mean, var = rng.standard_normal(5), rng.uniform(0.5, 2, 5)
+    y, cache = functional.frozen_forward(x, mean, var, gamma, beta, 1e-3)
+    np.testing.assert_array_equal(y, normalize(x, mean, var, gamma, beta, 1e-3))
+    dx, dgamma, dbeta = batchnorm_backward(dout, cache)
+    invstd = 1 / np.sqrt(var + 1e-3)
+    np.testing.assert_allclose(dx, gamma * invstd * dout, rtol=1e-15)
+    np.testing.assert_allclose(dgamma, np.sum(dout * (x - mean) * invstd, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(dbeta, np.sum(dout, axis=0), rtol=1e-12)
+
+
+def test_everything_copied_at_once(rng):
+    """The most arrays that a call holds: foreign byte order, strides and parameters, given out."""
+    x, dout, gamma, beta = draw(rng, (20, 6), 1, np.float32)
+    y, cache = batchnorm_forward(x, gamma, beta)
+    dx, *_ = batchnorm_backward(dout, cache)
+    foreign = [a.astype(">f4")[::-1][::-1] for a in (x, dout)]
+    out = np.empty((20, 12), np.float32)[:, ::2]
+    copied, cache = batchnorm_forward(foreign[0], gamma.astype(np.float64), beta.tolist(), out=out)
+    np.testing.assert_array_equal(copied, y)
+    batchnorm_backward(foreign[1].T.copy().T, cache, out=out)
+    np.testing.assert_array_equal(out, dx)
+
+
 def test_frozen_forward_with_a_backward_keeps_x(rng):
     x = exact.ordinary(rng, (20, 5))
     with refused(ValueError, "out", "x", "backward"):
-        functional.frozen_forward(x, np.zeros(5), np.ones(5), None, None, 1e-5, 1, x)
+        functional.frozen_forward(x, np.zeros(5), np.ones(5), out=x)
 
 
 def test_backward_into_memory_that_overlaps_dout(rng):

@@ -549,7 +549,7 @@ def test_running_statistics_are_checked_where_they_are_written(rng, unfit):
     x, _ = batch(rng)
     for statistics in ((unfit, np.ones(5)), (np.zeros(5), unfit)):
         with pytest.raises((TypeError, ValueError)):
-            functional.training_forward(x, *statistics, 0.1, True, None, None, 1e-5, 1, None)
+            functional._training_forward(x, *statistics, 0.1, True, None, None, 1e-5, 1, None)
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,9 @@ def test_any_alignment_and_given_or_fresh_outputs(rng, shape, axis, dtype):
 @pytest.fixture
 def stream_from():
     """Set from how many bytes outputs are written past the cache; undone after the test."""
-    before = functional.stream_from(0)
-    yield functional.stream_from
-    functional.stream_from(before)
+    before = functional._stream_from(0)
+    yield functional._stream_from
+    functional._stream_from(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -295,7 +295,7 @@ import bn_cy
 
 warnings.simplefilter("ignore", DeprecationWarning)  # of a fork of a process with threads
 bn_cy.set_num_threads(2)
-bn_cy.functional.stream_from(0)  # wide rows past the cache, which a single thread walks by cells
+bn_cy.functional._stream_from(0)  # wide rows past the cache, which a single thread walks by cells
 x = np.random.default_rng({seed}).standard_normal((1000, 1100)).astype(np.float32)
 
 
