@@ -6,8 +6,9 @@ import tempfile
 from dataclasses import dataclass
 
 from cases import ARRAYS, compulsory_reads
+from client import Worker
 from problem import create, save
-from worker import Absent, Worker
+from worker import Absent
 
 
 @dataclass(frozen=True)

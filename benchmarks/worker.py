@@ -1,23 +1,17 @@
 """A process for one library: it is told what to bind and time, one JSON line at a time.
 
-Run as ``python worker.py NAME THREADS``; `Worker` is the other end. While one worker is
-timed the others are stopped by SIGSTOP, so that no idle thread pool spins on a CPU.
+Run as ``python worker.py NAME THREADS``; `client.Worker` is the other end.
 """
 
-import contextlib
 import gc
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_PROC_BIND")
 SAMPLE_SECONDS = 100e-6  # calls shorter than this are timed several at once
 
 
@@ -27,80 +21,6 @@ class Absent(Exception):
 
 class WrongResult(Exception):
     """A library whose result is not the reference's."""
-
-
-class Worker:
-    """The caller's handle of a library in a process of its own, stopped unless asked."""
-
-    def __init__(self, name, threads):
-        self.name, self.threads = name, threads
-        unwanted = (*THREAD_VARIABLES, *WAIT_VARIABLES)
-        environment = {k: v for k, v in os.environ.items() if k not in unwanted}
-        environment.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, name, str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        try:
-            self._answer()
-        except Exception:
-            self.close()
-            raise
-
-    def bind(self, case, folder):
-        """Bind the case whose data are in `folder`; return the errors of its results.
-
-        Without a folder there are no data: streaming wants the size alone.
-        """
-        return self._ask(do="bind", case=case.name, folder=folder)["errors"]
-
-    def verbs(self):
-        return self._ask(do="verbs")["verbs"]
-
-    def time(self, verb, seconds):
-        """Return the median seconds of a call of `verb`, called for about `seconds`."""
-        return self._ask(do="time", verb=verb, seconds=seconds)["seconds"]
-
-    def value(self, verb):
-        """Call `verb` once and return its result, a number."""
-        return self._ask(do="value", verb=verb)["value"]
-
-    def peak_bytes(self, case, folder):
-        """Bind the case, call every verb, and return by how much that raised the peak memory.
-
-        In a worker that has done nothing else: memory kept from earlier calls does not show.
-        """
-        return self._ask(do="peak", case=case.name, folder=folder)["bytes"]
-
-    def close(self):
-        self._process.kill()
-        self._process.wait()
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
-
-    def _ask(self, **request):
-        self._process.send_signal(signal.SIGCONT)
-        # A worker that has died is noticed when its answer is read.
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self):
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            raise RuntimeError(f"{self.name}: the process ended with code {code}")
-        self._process.send_signal(signal.SIGSTOP)
-        answer = json.loads(line)
-        for kind in (Absent, WrongResult, NotImplementedError, RuntimeError):
-            if kind.__name__ in answer:
-                raise kind(f"{self.name}: {answer[kind.__name__]}")
-        return answer
 
 
 def seconds_per_call(function, seconds):
@@ -225,7 +145,7 @@ def _library(name, threads):
     # Before the library is imported: some take as many threads as they may use CPUs.
     os.sched_setaffinity(0, cpus_for(threads))
     if name.startswith("step "):
-        from train import NETWORKS
+        from networks import NETWORKS
 
         return NETWORKS[name](threads)
     from peers import LIBRARIES

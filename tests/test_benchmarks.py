@@ -1,5 +1,7 @@
 """The benchmark command: its cases, its arithmetic and its words. Nothing here is timed."""
 
+import ast
+import graphlib
 import json
 import subprocess
 import sys
@@ -35,6 +37,18 @@ SMALL = [
 @pytest.fixture(autouse=True)
 def _thread_count_of_this_process_stays(monkeypatch):
     monkeypatch.setattr("bn_cy.set_num_threads", lambda n: None)
+
+
+def test_no_circle_of_imports():
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    imports = {}
+    for name in names:
+        nodes = list(ast.walk(ast.parse((BENCHMARKS / f"{name}.py").read_text())))
+        plain = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+        chosen = [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
+        imports[name] = names & {*plain, *chosen}
+    assert imports["measure"] == {"cases", "client", "problem", "worker"}
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
 
 
 def test_the_cases_are_distinct_and_their_names_parse():
