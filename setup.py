@@ -37,7 +37,7 @@ DIRECTIVES = {
 }
 
 # Contraction into FMA and reassociation would give every instruction set its own rounding.
-GCC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+GCC_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
 # What a special build adds; without one there is no debug information, two thirds of a wheel.
@@ -157,23 +157,25 @@ class BuildExtensions(build_ext):
     def build_extensions(self):
         msvc = self.compiler.compiler_type == "msvc"
         common = list(MSVC_FLAGS) if msvc else GCC_FLAGS + SPECIAL_FLAGS
+        tuning = [] if msvc else ["-O3"]
         for flags in [] if msvc else GCC_TUNING:
-            common += flags if builds(self.compiler, TRIVIAL_PROGRAM, flags) else []
+            tuning += flags if builds(self.compiler, TRIVIAL_PROGRAM, flags) else []
         variants = choose_variants(
             self.compiler, self.plat_name, MSVC_VARIANTS if msvc else GCC_VARIANTS
         )
+        others = [] if msvc else ["-O2"]
         openmp = None
         if not SERIAL:
             openmp = find_openmp(self.compiler, MSVC_OPENMP if msvc else GCC_OPENMP)
         self.announce_choice(variants, openmp)
 
-        inlining = GCC_INLINING if builds(self.compiler, GCC_PROGRAM, GCC_INLINING) else []
-        kernels = {KERNELS + name: flags + inlining for name, flags in variants.items()}
+        tuning += GCC_INLINING if builds(self.compiler, GCC_PROGRAM, GCC_INLINING) else []
+        kernels = {KERNELS + name: tuning + flags for name, flags in variants.items()}
         self.extensions[:] = [
             ext for ext in self.extensions if ext.name in kernels or KERNELS not in ext.name
         ]
         for ext in self.extensions:
-            configure(ext, common + kernels.get(ext.name, []), openmp, variants)
+            configure(ext, common + kernels.get(ext.name, others), openmp, variants)
         self.translate()
         super().build_extensions()
 
