@@ -37,7 +37,7 @@ DIRECTIVES = {
 }
 
 # Contraction into FMA and reassociation would give every instruction set its own rounding.
-GCC_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+GCC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
 # What a special build adds; without one there is no debug information, two thirds of a wheel.
@@ -157,13 +157,12 @@ class BuildExtensions(build_ext):
     def build_extensions(self):
         msvc = self.compiler.compiler_type == "msvc"
         common = list(MSVC_FLAGS) if msvc else GCC_FLAGS + SPECIAL_FLAGS
-        tuning = [] if msvc else ["-O3"]
+        tuning = []  # of the kernels
         for flags in [] if msvc else GCC_TUNING:
             tuning += flags if builds(self.compiler, TRIVIAL_PROGRAM, flags) else []
         variants = choose_variants(
             self.compiler, self.plat_name, MSVC_VARIANTS if msvc else GCC_VARIANTS
         )
-        others = [] if msvc else ["-O2"]
         openmp = None
         if not SERIAL:
             openmp = find_openmp(self.compiler, MSVC_OPENMP if msvc else GCC_OPENMP)
@@ -175,7 +174,7 @@ class BuildExtensions(build_ext):
             ext for ext in self.extensions if ext.name in kernels or KERNELS not in ext.name
         ]
         for ext in self.extensions:
-            configure(ext, common + kernels.get(ext.name, others), openmp, variants)
+            configure(ext, common + kernels.get(ext.name, []), openmp, variants)
         self.translate()
         super().build_extensions()
 

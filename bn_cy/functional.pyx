@@ -315,7 +315,7 @@ def moments(x, *, axis=1):
     Moments(count=2, mean=array([2., 5.]), var=array([1., 0.]))
     """
     cdef Cache cache = Cache(batch_of(x, axis))
-    launch_forward(cache, NULL, NULL, NULL, 1, True)
+    launch_forward(cache, NULL, NULL, NULL, 1, True)  # moments do not depend on eps
     return Moments(cache.batch.count, cache.row_array(MEAN), cache.row_array(VAR))
 
 
@@ -485,20 +485,20 @@ cdef run_backward(Cache cache, dout, dgamma, dbeta, double *sums, bint measure, 
     """Check dout, allocate dx, fill the sums, the gradients of the parameters and dx."""
     cdef Batch batch = cache.batch
     cdef const void *upstream
-    cdef void *scale
-    cdef void *shift
+    cdef void *to_dgamma
+    cdef void *to_dbeta
     cdef Py_buffer *given
     cdef Py_buffer *target
     cdef Memory memory
     memory.held = 0
     try:
         upstream = batch.gradient(&memory, dout)
-        scale = NULL if dgamma is None else hold(&memory, "dgamma", dgamma).buf
-        shift = NULL if dbeta is None else hold(&memory, "dbeta", dbeta).buf
+        to_dgamma = NULL if dgamma is None else hold(&memory, "dgamma", dgamma).buf
+        to_dbeta = NULL if dbeta is None else hold(&memory, "dbeta", dbeta).buf
         dx = batch.target(&memory, out, &given, &target)
         if out is not None:
             check_backward_target(given, out, hold(&memory, "dout", as_array(dout)), dout, batch)
-        launch_backward(cache, target.buf, scale, shift, sums, upstream, measure)
+        launch_backward(cache, target.buf, to_dgamma, to_dbeta, sums, upstream, measure)
     finally:
         release(&memory)
     return delivered(dx, out)
@@ -533,8 +533,6 @@ cdef int call_forward(
     Batch batch, double *statistics, void *y, const void *gamma, const void *beta, double eps,
     bint measure, const Resources *use
 ) noexcept nogil:
-    if batch.size == 0:
-        return 0
     return kernels[batch.double_precision].forward(
         y, statistics, batch.view.buf, gamma, beta, &batch.shape, eps, measure, use)
 
@@ -564,8 +562,6 @@ cdef int call_backward(
     Batch batch, double *statistics, double count, void *dx, void *dgamma, void *dbeta,
     double *sums, const void *dout, bint measure, const Resources *use
 ) noexcept nogil:
-    if batch.size == 0:
-        return 0
     return kernels[batch.double_precision].backward(
         dx, dgamma, dbeta, sums, statistics, dout, batch.view.buf, &batch.shape,
         count, measure, use)

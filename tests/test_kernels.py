@@ -13,7 +13,12 @@ CASES = [  # one for every way in which an array is walked
     ((9, 2, 27, 19), 1),
     ((6, 9, 8, 20), -1),
     ((60, 300), 0),
+    ((40, 700), 1),  # rows that are not merged
+    ((9, 50), 1),  # few values: moments in double
+    ((200, 3, 3, 5), 1),  # rows of images that are merged
+    ((2, 3, 9001), 1),  # runs that are cut
 ]
+LARGEST_JACOBIAN = 1000  # values of a feature: it has as many rows and columns
 
 
 def staged(dout, x, gamma, axis):
@@ -43,9 +48,16 @@ def error(got, expected, scale):
     return float(np.linalg.norm((got - expected).ravel()) / np.linalg.norm(scale.ravel()))
 
 
-@pytest.mark.parametrize("derivation", [staged, closed_form, through_statistics, by_jacobian])
+DERIVED = [
+    (shape, axis, derivation)
+    for shape, axis in CASES
+    for derivation in (staged, closed_form, through_statistics, by_jacobian)
+    if derivation is not by_jacobian or np.prod(shape) // shape[axis] <= LARGEST_JACOBIAN
+]
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 5e-7), (np.float64, 1e-14)])
-@pytest.mark.parametrize(("shape", "axis"), CASES)
+@pytest.mark.parametrize(("shape", "axis", "derivation"), DERIVED)
 def test_backward_is_every_derivation(rng, shape, axis, dtype, bound, derivation):
     x, dout = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
     gamma = rng.uniform(0.5, 1.5, shape[axis]).astype(dtype)

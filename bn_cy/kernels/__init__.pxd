@@ -1,8 +1,9 @@
 # The compiled loops as a table of C functions, the same for every instruction-set variant.
 #
-# A batch fills one stretch of memory that is (outer, features, inner) in C order. `statistics`
-# holds rows of `features` doubles, in the order of the enum; forward leaves it for backward. Every
-# function may be called without the GIL and returns 0, or -1 where there was no memory.
+# A batch fills one stretch of memory that is (outer, features, inner) in C order; arrays are
+# aligned to their type. `statistics` holds rows of `features` doubles, in the order of the enum;
+# forward leaves it for backward. Every function may be called without the GIL and returns 0, or -1
+# where there was no memory. Of an empty batch it does nothing.
 
 cdef enum:
     MEAN        # before the mean is known: the shift
@@ -18,20 +19,20 @@ cdef struct Shape:
 
 
 cdef struct Resources:  # what a call may use; has no say in the bits of any result
-    int threads
+    int threads       # at least 1
     Py_ssize_t cache  # bytes that a thread finds again in a second pass
     bint far          # the arrays do not stay in any cache: results are written past it
 
 
-# Moments of x (without `measure`: those that statistics holds), then y unless it is NULL.
-# gamma and beta may be NULL.
+# With `measure`, finds the moments of x; without, MEAN, REST and VAR are given. Then fills the
+# other rows of statistics, and y unless it is NULL. y may be x. gamma and beta may be NULL.
 ctypedef int (*Forward)(
     void *y, double *statistics, const void *x, const void *gamma, const void *beta,
     const Shape *shape, double eps, bint measure, const Resources *use) noexcept nogil
 
-# sums: of dout, then of dout*xhat (without `measure`: those given); then dx, dgamma and dbeta
-# unless NULL. Frozen statistics do not depend on x: they are those of infinitely many values, count
-# = inf.
+# With `measure`, finds the sums of dout, and of dout*xhat in a second row, and dgamma and dbeta
+# unless they are NULL; without, sums are given. Then fills dx unless it is NULL. dx may be dout.
+# Frozen statistics do not depend on x: they are those of infinitely many values, count = inf.
 ctypedef int (*Backward)(
     void *dx, void *dgamma, void *dbeta, double *sums, double *statistics,
     const void *dout, const void *x,

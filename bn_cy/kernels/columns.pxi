@@ -8,6 +8,10 @@
 
 from libc.string cimport memcpy
 
+ctypedef fused real:  # what a sum's terms are computed in: the data's type, or double in a rescue
+    float
+    double
+
 cdef enum:  # the two sums of a first pass, a row each
     FIRST   # sum(u): of x - shift, or of dout
     SECOND  # sum(u*v): of (x - shift)^2, or of dout*(x - shift)*scale
@@ -41,7 +45,7 @@ cdef inline double fold_columns(const double *columns, Py_ssize_t each) noexcept
 
 
 cdef inline double fold_lanes(const real *lanes) noexcept nogil:
-    """The same of LANES columns: a tenth of the sums of short runs is to know how many."""
+    """The same of LANES columns: a fixed count saves a tenth of the time of short runs."""
     cdef double lane[8]
     cdef Py_ssize_t k
     for k in range(8):
@@ -102,7 +106,7 @@ cdef inline void spread(
 
 cdef inline double[:, ::1] of_features(double[:, ::1] rows, const Block *b) noexcept nogil:
     """Of rows of all features, those of a block."""
-    return rows_of(&rows[0, b.start], rows.shape[0], b.size, rows.shape[1])
+    return tile(rows, 0, b.start, rows.shape[0], b.size)
 
 
 cdef inline double[:, ::1] of_level(

@@ -5,11 +5,14 @@
 #
 #   dgamma = (sum(dout*(x - c)*p)/p - (mean - c)*dbeta)*invstd
 #
-# Twin: `reference.backward_closed_form`. Tests: tests/test_accuracy.py, tests/test_kernels.py.
+# Twin: `reference.backward_closed_form`. How it keeps its digits: docs/accuracy.md.
+# Tests: tests/test_accuracy.py, tests/test_kernels.py.
 # Bytes moved: O(features). A rescue is a first pass more.
 
 from libc.math cimport fabs, isfinite
 from libc.string cimport memcpy, memset
+
+from bn_cy.kernels cimport GAMMA, INVSTD, MEAN, REST, VAR
 
 
 cdef inline unsigned long long bits_of(double value) noexcept nogil:
@@ -31,7 +34,7 @@ cdef inline double power_below(double value) noexcept nogil:
 
 
 cdef inline double root_below(double value) noexcept nogil:
-    """A power of two near the square root, hardly ever above it: half the exponent. 0 of 0."""
+    """A power of two near the square root, not above it: half the exponent. 0 of 0."""
     return power_of_two((bits_of(value) >> 1) + (1023ULL << 51)) if value > 0 else 0
 
 
@@ -41,14 +44,14 @@ cdef inline double reciprocal(double power) noexcept nogil:
 
 
 cdef inline void find_centres(
-    double[:, ::1] centres, const double[:, ::1] s, bint single,
+    double[:, ::1] centres, const double[:, ::1] s, bint single_precision,
 ) noexcept nogil:
     """What dgamma is summed about, and a factor, such that hardly a term is rounded on the way."""
     cdef Py_ssize_t f
     for f in range(s.shape[1]):
         centres[CENTRE, f] = coarse(s[MEAN, f], root_below(s[VAR, f]))
         centres[CENTRE_SCALE, f] = power_below(s[INVSTD, f])
-    if single:
+    if single_precision:
         for f in range(s.shape[1]):
             centres[CENTRE, f] = <float>centres[CENTRE, f]
 
@@ -82,7 +85,7 @@ cdef void rescue_gradients(
     cdef double[:, ::1] columns = rows_of(scratch, CENTRES, of_rows.width, of_rows.pitch)
     cdef Py_ssize_t f, k
     spread_centres(columns, centres, &r, &of_rows)
-    partial_sums(wide, x, dout, columns, &r, &of_rows, 0, r.cells, levels, 0)
+    sums_of_block(wide, x, dout, columns, &r, &of_rows, levels)
     for k in range(SUMS):
         for f in range(b.size):
             if not isfinite(sums[k, f]):
@@ -135,7 +138,7 @@ cdef void gradients_of_block(
         <floating *>aligned(scratch), CENTRES, b.width, b.pitch)
     find_centres(centres, s, floating is float)
     spread_centres(columns, centres, g, b)
-    partial_sums(sums, x, dout, columns, g, b, 0, g.cells, levels, 0)
+    sums_of_block(sums, x, dout, columns, g, b, levels)
     finish_gradients(sums, dgamma, dbeta, centres, s, dout, x, g, b, levels)
 
 
@@ -153,7 +156,7 @@ cdef void prepare_input_gradient(
         columns[PRODUCT, f] = <floating>(sums[SECOND, f] * nth)
         columns[DX_SCALE, f] = <floating>(s[GAMMA, f] * s[INVSTD, f])
     for f in range(b.size):
-        columns[SHIFT, f] = <floating>(
+        columns[OFFSET, f] = <floating>(
             sums[FIRST, f] * nth
             - ((s[MEAN, f] - columns[HI, f]) + s[REST, f]) * s[INVSTD, f] * (sums[SECOND, f] * nth))
     for f in range(PARAMETERS):
@@ -167,7 +170,7 @@ cdef void prepare_frozen_gradient(
     and a beta of 0, and x is not read."""
     cdef Py_ssize_t f
     memset(&columns[HI, 0], 0, b.width * sizeof(floating))
-    memset(&columns[SHIFT, 0], 0, b.width * sizeof(floating))
+    memset(&columns[OFFSET, 0], 0, b.width * sizeof(floating))
     for f in range(b.size):
         columns[SCALE, f] = <floating>(s[GAMMA, f] * s[INVSTD, f])
     expand(row_of(&columns[SCALE, 0], b.width), g, b)

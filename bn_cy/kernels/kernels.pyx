@@ -1,6 +1,6 @@
 # Batch normalization, forward and backward, for float and double from one source. This file opens
-# the house of the kernels: the two passes over the data, the threads, and below them the rooms.
-# Each `v2.pyx`, `v3.pyx`, ... includes it and is compiled for one instruction set.
+# the house of the kernels: it lists the rooms, and then come the two directions and the threads.
+# Each of `v2.pyx`, `v3.pyx`, ... includes it and is compiled for one instruction set.
 #
 # The order of every floating-point sum is a function of the shape alone, never of the number of
 # threads, the width of a block, the alignment or the instruction set: the bits are the same
@@ -14,15 +14,12 @@ from libc.stdlib cimport free, malloc
 
 from bn_cy.kernels cimport STATISTICS, Backward, Forward, Kernels, Resources, Shape
 
-ctypedef fused real:  # what a sum's terms are computed in: the data's type, or double in a rescue
-    float
-    double
-
 # The rooms, each of which uses only those above it.
 include "machine.pxi"    # C: views, stores past the cache, fetches, aligned scratch
 include "plan.pxi"       # how a shape is walked: Grid, Block, Piece
 include "columns.pxi"    # from features to columns and back
-include "sums.pxi"       # the first passes: sum(u) and sum(u*v)
+include "sums.pxi"       # the first passes: sum(u) and sum(u*v) of rows
+include "cells.pxi"      # and of cells, in a tree
 include "writes.pxi"     # the second passes: y, dx
 include "moments.pxi"    # mean and variance; what y needs
 include "gradients.pxi"  # dgamma and dbeta; what dx needs
@@ -75,27 +72,6 @@ cdef void forward_block(
         write_block(y, x, no_dout, beta, statistics, statistics, 0, c, i, 0, c.writes.cells)
 
 
-cdef void sample_slice(
-    double[:, ::1] statistics, const floating[:, :, ::1] x, const Call *c, Py_ssize_t i,
-) noexcept nogil:
-    cdef Block b = slice_of(c, i)
-    sample_shift(of_features(statistics, &b), x, &c.sums, &b)
-
-
-cdef void finish_forward_slice(
-    double[:, ::1] statistics, const floating[:, :, ::1] x, const floating[::1] gamma, double eps,
-    double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
-) noexcept nogil:
-    cdef double storage[SUMS * WIDTH]
-    cdef Block b = slice_of(c, i)
-    cdef double[:, ::1] sums = rows_of(storage, SUMS, b.size, WIDTH)
-    cdef double[:, ::1] s = of_features(statistics, &b)
-    if c.measure:
-        merge_branches(sums, partials, c, &b)
-        finish_moments(s, sums, x, &c.sums, &b, partials)  # which are free again
-    find_invstd(s, gamma, eps, &b)
-
-
 # -------------------------------------------------------------------------------------------------
 # Backward: the sums of the gradient, then dx
 
@@ -146,31 +122,20 @@ cdef void backward_block(
         write_block(dx, x, dout, no_beta, statistics, sums, count, c, i, 0, c.writes.cells)
 
 
-cdef void finish_backward_slice(
-    floating[::1] dgamma, floating[::1] dbeta, double[:, ::1] sums, double[:, ::1] statistics,
-    const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
-    double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
-) noexcept nogil:
-    cdef double storage[CENTRES * WIDTH]
-    cdef Block b = slice_of(c, i)
-    cdef double[:, ::1] total = of_features(sums, &b)
-    cdef double[:, ::1] s = of_features(statistics, &b)
-    cdef double[:, ::1] centres = rows_of(storage, CENTRES, b.size, WIDTH)
-    merge_branches(total, partials, c, &b)
-    find_centres(centres, s, floating is float)
-    finish_gradients(total, dgamma, dbeta, centres, s, dout, x, &c.sums, &b, partials)
-
-
 # -------------------------------------------------------------------------------------------------
 # What the package calls: pointers become views here, and float or double has one signature
 
-cdef int take_partials(double **memory, Shape *levels, const Call *c) noexcept nogil:
+cdef inline bint is_empty(const Shape *shape) noexcept nogil:
+    return shape.outer == 0 or shape.features == 0 or shape.inner == 0
+
+
+cdef int take_partials(double **memory, Shape *shape, const Call *c) noexcept nogil:
     """Memory for the partial sums, and its shape. From the heap: a thread may have little stack."""
-    levels.outer, levels.features, levels.inner = c.branches * c.levels, SUMS, c.sums.features
+    shape.outer, shape.features, shape.inner = c.branches * c.levels, SUMS, c.sums.features
     memory[0] = NULL
     if not c.measure or c.sums.cells == 1:
         return 0
-    memory[0] = <double *>malloc(levels.outer * SUMS * levels.inner * sizeof(double))
+    memory[0] = <double *>malloc(shape.outer * SUMS * shape.inner * sizeof(double))
     return 0 if memory[0] != NULL else -1
 
 
@@ -178,15 +143,18 @@ cdef int enter_forward(
     floating *y, double *statistics, const floating *x, const floating *gamma, const floating *beta,
     const Shape *shape, double eps, bint measure, const Resources *use,
 ) noexcept nogil:
-    cdef Call c = plan_call(shape, sizeof(floating), measure, y != NULL, y == x, use)
+    cdef Call c
     cdef double *partials
-    cdef Shape levels
-    if take_partials(&partials, &levels, &c):
+    cdef Shape of_partials
+    if is_empty(shape):
+        return 0
+    c = plan_call(shape, sizeof(floating), measure, y != NULL, y == x, False, use)
+    if take_partials(&partials, &of_partials, &c):
         return -1
     forward(
         array_of(y, shape), rows_of(statistics, STATISTICS, shape.features, shape.features),
         array_of(x, shape), parameter_of(gamma, shape), parameter_of(beta, shape), eps,
-        array_of(partials, &levels), &c)
+        array_of(partials, &of_partials), &c)
     free(partials)
     clear_vectors()
     return 0
@@ -197,17 +165,19 @@ cdef int enter_backward(
     const floating *dout, const floating *x,
     const Shape *shape, double count, bint measure, const Resources *use,
 ) noexcept nogil:
-    cdef Call c = plan_call(shape, sizeof(floating), measure, dx != NULL, dx == dout, use)
+    cdef Call c
     cdef double *partials
-    cdef Shape levels
-    c.frozen = isinf(count)
-    if take_partials(&partials, &levels, &c):
+    cdef Shape of_partials
+    if is_empty(shape):
+        return 0
+    c = plan_call(shape, sizeof(floating), measure, dx != NULL, dx == dout, isinf(count), use)
+    if take_partials(&partials, &of_partials, &c):
         return -1
     backward(
         array_of(dx, shape), parameter_of(dgamma, shape), parameter_of(dbeta, shape),
         rows_of(sums, SUMS, shape.features, shape.features),
         rows_of(statistics, STATISTICS, shape.features, shape.features),
-        array_of(dout, shape), array_of(x, shape), count, array_of(partials, &levels), &c)
+        array_of(dout, shape), array_of(x, shape), count, array_of(partials, &of_partials), &c)
     free(partials)
     clear_vectors()
     return 0

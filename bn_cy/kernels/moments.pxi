@@ -7,6 +7,7 @@
 # Any shift gives these; one near the mean loses no digits. It is guessed from a few values, and
 # where it turns out to be far off, the feature is summed again: its rescue.
 # Twins: `reference.moments`, `reference.forward`.
+# How it keeps its digits: docs/accuracy.md.
 # Tests: tests/test_accuracy.py (outliers, offsets, overflow), tests/test_kernels.py.
 # Bytes moved: O(features); samples are a few values a feature. A rescue is a first pass more.
 
@@ -24,9 +25,8 @@ cdef enum:
 
 
 cdef inline double coarse(double value, double spread) noexcept nogil:
-    """Round to about an eighth of the spread: float data less this are float numbers, nearly all
-    of them, where a shift with digits below theirs would round most differences, and all the same
-    way."""
+    """Round to about an eighth of the spread, so that x - shift is exact in float for nearly all x:
+    a shift with finer digits would round most differences, and the same way."""
     cdef double large = 844424930131968.0 * spread  # 1.5 * 2^49
     return (value + large) - large
 
@@ -73,10 +73,9 @@ cdef inline void set_moments(
 
 
 cdef inline double far_from(Py_ssize_t count) noexcept nogil:
-    """(mean - shift)^2/var from which a feature is summed again. It multiplies the rounding of the
-    sum of squares, which is the smaller the more values there are; samples are off so far in one
-    feature of thousands, or where they hold an outlier, while a feature that is summed in vain
-    costs its block a pass."""
+    """(mean - shift)^2/var from which a feature is summed again. This ratio multiplies the rounding
+    error of the sum of squares, which is smaller where there are more values. A feature that is
+    summed again in vain costs its block a pass: of normal data it is one in thousands."""
     return 1.5 if count < 1024 else 16
 
 
@@ -88,7 +87,7 @@ cdef bint find_moments(
     and those whose squares overflowed or were too small to keep their digits. 0 is among these."""
     cdef Py_ssize_t f
     cdef double deviation, nth = 1 / <double>count, far = far_from(count)
-    cdef long long doubt = 0
+    cdef long long doubt = 0  # 1e300: squares that come near overflow
     for f in range(s.shape[1]):
         set_moments(s, f, sums[FIRST, f] * nth, sums[SECOND, f] * nth)
     for f in range(s.shape[1]):
@@ -107,7 +106,7 @@ cdef void sum_deviations(
     """The sums of a block about its shift, in the type of the scratch."""
     cdef real[:, ::1] centres = rows_of(scratch, CENTRES, b.width, b.pitch)
     spread(row_of(scratch, b.width), row_of(&s[MEAN, 0], b.size), g, b)
-    partial_sums(total, x, x[:0], centres, g, b, 0, g.cells, levels, 0)
+    sums_of_block(total, x, x[:0], centres, g, b, levels)
 
 
 cdef void sum_again(
@@ -153,7 +152,7 @@ cdef void rescue_moments(
         if stop > first:
             stretch = block_at(&r, b.start + first, stop - first)
             sum_again(
-                rows_of(&s[0, first], STATISTICS, stop - first, g.features), suspect + first,
+                tile(s, 0, first, STATISTICS, stop - first), suspect + first,
                 x, &r, &stretch, levels)
         first = stop + 1
 
@@ -211,12 +210,12 @@ cdef void prepare_normalize(
         columns[SCALE, f] = <floating>(s[GAMMA, f] * s[INVSTD, f])
     if beta.shape[0] == 0:
         for f in range(b.size):
-            columns[SHIFT, f] = <floating>(
+            columns[OFFSET, f] = <floating>(
                 -((s[MEAN, f] - columns[HI, f]) + s[REST, f]) * (s[GAMMA, f] * s[INVSTD, f]))
     else:
         for f in range(b.size):
-            columns[SHIFT, f] = <floating>(
+            columns[OFFSET, f] = <floating>(
                 -((s[MEAN, f] - columns[HI, f]) + s[REST, f]) * (s[GAMMA, f] * s[INVSTD, f])
                 + beta[b.start + f])
-    for f in range(SHIFT + 1):
+    for f in range(OFFSET + 1):
         expand(row_of(&columns[f, 0], b.width), g, b)

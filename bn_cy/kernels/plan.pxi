@@ -4,8 +4,8 @@
 # taken in the order that is set here. Twin: `reference` leaves the order to NumPy's `sum`.
 # Tests: tests/test_same_bits.py, where every layout has its cases. Bytes moved: none.
 #
-# An array is (outer, features, inner). There are five ways to make rows of it. F is a feature, and
-# a line of the pictures is a row of the loops:
+# An array is (outer, features, inner), none of them 0. There are five ways to make rows of it, and
+# columns of images may be merged, too. F is a feature, a line of the pictures a row of the loops:
 #
 #   columns, one a feature         merged, narrow rows           columns, `each` a feature
 #   inner == 1                     times > 1                     small inner: images of 7 x 7
@@ -41,12 +41,12 @@ cdef enum:  # They set the order of sums: whoever changes one changes bits, and 
     # Values of a run from which it is cut for sums, into rows of at most STRETCH: eight streams.
     LONG = 8192
     STRETCH = 2048
-    # Values of a feature below which roundings do not average: all terms are double.
+    # Values of a feature below which roundings do not average: the terms of its moments are double.
     FEW = 32
     # Cells of a grid, at the most: work for as many threads.
     CELLS = 64
     # Rows of a cell of columns, at the least, and its values of all features; of a cell of runs,
-    # its values of one feature: adding up the sums of cells is then a percent of the work.
+    # its values of one feature: to add up the sums of cells is then a percent of the work.
     CELL_ROWS = 128
     CELL_VALUES = 131072
     CELL_RUN = 16384
@@ -60,7 +60,7 @@ cdef enum:  # They set the order of sums: whoever changes one changes bits, and 
 cdef enum:  # They do not.
     # Values of a row of scratch: room to align it, and to `repeat` in it.
     SCRATCH = WIDTH + 2 * LINE
-    # WIDTH where features have few values: what a feature needs itself is much then.
+    # WIDTH where features have few values: what a feature needs for itself takes most of L1 then.
     SLIM = 256
     # Features of a block of runs, at the most: their own work is vectorised.
     RUNS = 64
@@ -69,25 +69,29 @@ cdef enum:  # They do not.
 
 
 cdef struct Grid:
-    Py_ssize_t outer, features, inner      # the array
-    Py_ssize_t count                       # values of a feature
-    Py_ssize_t sheets, rows, stride, tail  # a sheet: full rows, values from row to row, and columns
-    bint runs                              # of one row more; whether a row is of one feature,
-    Py_ssize_t stretch                     # and how many values of it
-    Py_ssize_t each, times                 # columns of a feature, features side by side so often
-    Py_ssize_t cells, unit                 # how many cells, each of whole units of rows
+    Py_ssize_t outer, features, inner  # the array
+    Py_ssize_t count                   # values of a feature
+    Py_ssize_t sheets                  # one, or one for each image where runs are cut
+    Py_ssize_t rows, stride            # full rows of a sheet, values from one row to the next
+    Py_ssize_t tail                    # columns of a shorter row that follows them, or 0
+    bint runs                          # whether a row is of one feature
+    Py_ssize_t stretch                 # runs: values in a row
+    Py_ssize_t each                    # columns: of a feature, in a row of the array
+    Py_ssize_t times                   # columns: rows of the array that are merged into one
+    Py_ssize_t cells, unit             # how many cells, each of whole units of rows
 
 
 cdef struct Block:
     Py_ssize_t start, size   # features [start, start + size)
-    Py_ssize_t width, pitch  # columns of a row of it; from row to row of its scratch, odd lines
+    Py_ssize_t width, pitch  # columns of a row of it; values from row to row of its scratch
 
 
 cdef struct Piece:
     Py_ssize_t offset, rows, width  # its first value, its rows, columns of a row
-    Py_ssize_t tail                 # columns of one more row, which is the next piece; or 0
-    Py_ssize_t column, columns      # the block's column that is its first; the pieces side by side
-    Py_ssize_t first, full, wide, last  # of the first of these: offset, rows, width, tail
+    Py_ssize_t tail                 # columns of a shorter row, which is the next piece; or 0
+    Py_ssize_t column               # the first column of the block that it covers
+    Py_ssize_t pieces               # how many lie side by side: a feature each in runs, else one
+    Py_ssize_t full_offset, full_rows, full_width, full_tail  # of the first of these
     Py_ssize_t next, stop           # rows of the cell not yet walked, counted over all the sheets
 
 
@@ -132,8 +136,8 @@ cdef inline Py_ssize_t shortest_run(Py_ssize_t outer) noexcept nogil:
 
 
 cdef inline Py_ssize_t summed_stretch(Py_ssize_t inner) noexcept nogil:
-    """The rows that a long run is cut into for sums. It is read as eight streams: whole groups of
-    long rows, whose distance spreads them over the sets of the cache."""
+    """The rows that a long run is cut into for sums. It is read as eight streams, by groups of long
+    rows, an odd number of LANES: their distance spreads them over the sets of the cache."""
     cdef Py_ssize_t rows = round_up(ceil_div(inner, STRETCH), GROUP)
     return (inner // rows // LANES - 1 | 1) * LANES
 
@@ -152,7 +156,7 @@ cdef inline Py_ssize_t cell_count(const Grid *g, Py_ssize_t least) noexcept nogi
 cdef inline Py_ssize_t cells_of(const Grid *g) noexcept nogil:
     """Into how many cells to cut a grid of this kind; see CELL_ROWS and what follows it."""
     cdef Py_ssize_t cells
-    if g.count < FEW:  # the sums in double know no cells
+    if g.count < FEW:  # their moments are summed in double, in a single cell
         return 1
     if g.runs:
         return cell_count(g, CELL_RUN // g.stretch)
@@ -174,7 +178,7 @@ cdef inline void cut_runs(Grid *g, Py_ssize_t stretch) noexcept nogil:
 
 
 cdef inline void merge_rows(Grid *g, Py_ssize_t wide) noexcept nogil:
-    """Rows of up to `wide` columns."""
+    """Rows of `wide` columns or fewer; of up to WIDTH, to end on a cache line."""
     cdef Py_ssize_t width = g.features * g.inner
     g.times = merged_rows(g.outer, width, wide)
     g.stride = g.times * width
@@ -248,9 +252,9 @@ cdef inline Piece cell_at(const Grid *g, const Block *b, Py_ssize_t cell) noexce
     cdef Py_ssize_t rows = g.sheets * g.rows, units = ceil_div(rows, g.unit)
     p.next = units * cell // g.cells * g.unit
     p.stop = min(units * (cell + 1) // g.cells * g.unit, rows)
-    p.wide = g.stretch if g.runs else b.width
-    p.columns = b.width if g.runs else 1
-    p.column = p.columns
+    p.full_width = g.stretch if g.runs else b.width
+    p.pieces = b.width if g.runs else 1
+    p.column = p.pieces
     p.tail = 0
     return p
 
@@ -259,24 +263,24 @@ cdef inline void next_rows(Piece *p, const Grid *g, const Block *b) noexcept nog
     """To rows of the cell not yet walked: those of one sheet."""
     cdef Py_ssize_t sheet = 0 if g.sheets == 1 else p.next // g.rows
     cdef Py_ssize_t row = p.next - sheet * g.rows
-    p.first = (sheet * g.features + b.start) * g.inner + row * g.stride
-    p.full = min(g.rows - row, p.stop - p.next)
-    p.last = g.tail if row + p.full == g.rows else 0
-    p.next += p.full
+    p.full_offset = (sheet * g.features + b.start) * g.inner + row * g.stride
+    p.full_rows = min(g.rows - row, p.stop - p.next)
+    p.full_tail = g.tail if row + p.full_rows == g.rows else 0
+    p.next += p.full_rows
     p.column = 0
 
 
 cdef inline bint next_piece(Piece *p, const Grid *g, const Block *b) noexcept nogil:
-    """To the next piece of the cell, in the order of memory; False at the cell's end."""
+    """To the next piece of the cell; False at its end."""
     if p.tail:
         p.offset += p.rows * g.stride
         p.rows, p.width, p.tail = 1, p.tail, 0
         return True
     p.column += 1
-    if p.column >= p.columns:
+    if p.column >= p.pieces:
         if p.next >= p.stop:
             return False
         next_rows(p, g, b)
-    p.offset = p.first + p.column * g.inner
-    p.rows, p.width, p.tail = p.full, p.wide, p.last
+    p.offset = p.full_offset + p.column * g.inner
+    p.rows, p.width, p.tail = p.full_rows, p.full_width, p.full_tail
     return True

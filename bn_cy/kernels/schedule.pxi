@@ -6,9 +6,9 @@
 #
 # Derivation: none; what each step computes is said in the rooms that it calls.
 # Tests: tests/test_same_bits.py, with 1 to 16 threads; tests/test_threads.py.
-# Bytes moved: those of the passes, and of partial sums 16 a feature and cell.
+# Bytes moved: those of the passes.
 #
-# From here up a direction is a fact of the call: the forward has no dout.
+# In this room and in kernels.pyx a direction is a fact at run time: a forward has an empty dout.
 
 from libc.string cimport memcpy
 
@@ -27,16 +27,17 @@ cdef struct Call:
     Py_ssize_t cache
     bint far                 # the arrays do not stay in the cache
     bint by_cells
-    Py_ssize_t unit, units, blocks  # features that end with a cache line, how many such, blocks
+    Py_ssize_t line_features, lines, blocks  # features that end with a cache line, how many such
     Py_ssize_t branches, levels  # by cells: subtrees that threads sum, levels of one
     Py_ssize_t slice, slices     # features whose branches a thread adds up, how many such
     bint frozen                  # backward: the statistics do not depend on x, nor does dx
 
 
 cdef inline bint pays_by_cells(const Grid *g, Py_ssize_t threads, bint far) noexcept nogil:
-    """Whether threads had better share the rows of all features: of runs, where features divide
-    badly by them; of columns, wherever as many find work so, as memory wants whole rows, also of
-    a single thread."""
+    """Whether threads had better share the rows of all features. Of runs, where features divide
+    badly: where so many threads as have rows would be done in three quarters of the time. Of
+    columns, wherever as many threads find work so, because memory is read best in whole rows; a
+    single thread does so past the cache."""
     cdef Py_ssize_t busy = min(threads, g.cells)
     if g.cells == 1:
         return False
@@ -49,12 +50,12 @@ cdef inline bint pays_by_cells(const Grid *g, Py_ssize_t threads, bint far) noex
 
 cdef Call plan_call(
     const Shape *shape, Py_ssize_t itemsize, bint measure, bint write, bint in_place,
-    const Resources *use,
+    bint frozen, const Resources *use,
 ) noexcept nogil:
     cdef Call c
     c.sums = plan_sums(shape)
     c.writes = plan_writes(&c.sums)
-    c.measure, c.write, c.frozen = measure, write, False
+    c.measure, c.write, c.frozen = measure, write, frozen
     c.writing = STREAMING if use.far and STREAMS else IN_PLACE if in_place else DIRECT
     c.threads, c.cache, c.far = use.threads, use.cache, use.far
     c.by_cells = pays_by_cells(&c.sums, c.threads, c.far)
@@ -65,13 +66,13 @@ cdef Call plan_call(
 
 cdef inline void share_blocks(Call *c, Py_ssize_t size) noexcept nogil:
     """Blocks of at most so many features, of whole cache lines, as many for each thread."""
-    c.unit = 1 if c.sums.runs else min(line_multiple(c.sums.inner), size)
+    c.line_features = 1 if c.sums.runs else min(line_multiple(c.sums.inner), size)
     if c.sums.times > 1:
-        c.unit = size
-    c.units = ceil_div(c.sums.features, c.unit)
-    c.blocks = ceil_div(c.units, size // c.unit)
+        c.line_features = size
+    c.lines = ceil_div(c.sums.features, c.line_features)
+    c.blocks = ceil_div(c.lines, size // c.line_features)
     if not c.by_cells:
-        c.blocks = min(round_up(c.blocks, c.threads), c.units)
+        c.blocks = min(round_up(c.blocks, c.threads), c.lines)
         c.threads = min(<Py_ssize_t>c.threads, c.blocks)
 
 
@@ -91,8 +92,8 @@ cdef inline void share_cells(Call *c) noexcept nogil:
 
 
 cdef inline Block block_of(const Grid *g, const Call *c, Py_ssize_t i) noexcept nogil:
-    cdef Py_ssize_t start = c.units * i // c.blocks * c.unit
-    return block_at(g, start, c.units * (i + 1) // c.blocks * c.unit - start)
+    cdef Py_ssize_t start = c.lines * i // c.blocks * c.line_features
+    return block_at(g, start, c.lines * (i + 1) // c.blocks * c.line_features - start)
 
 
 cdef inline Block slice_of(const Call *c, Py_ssize_t i) noexcept nogil:
@@ -107,8 +108,8 @@ cdef inline bint fits_cache(const Block *b, const Call *c, Py_ssize_t itemsize) 
 
 
 cdef inline Py_ssize_t to_next_row(const Grid *g, const Block *b) noexcept nogil:
-    """From a value that is written to the one below it, which is written a row later; where rows
-    adjoin, as far along memory as fetching takes."""
+    """From a value that is written to the one below it, which is written a row later; where that is
+    near, AHEAD values along memory."""
     if g.runs and b.size == 1 and g.inner <= CHUNK:
         return g.features * g.inner
     return max(<Py_ssize_t>AHEAD, g.stride)
@@ -127,6 +128,13 @@ cdef inline Py_ssize_t written_ahead(
 
 
 # The first pass by cells
+
+cdef void sample_slice(
+    double[:, ::1] statistics, const floating[:, :, ::1] x, const Call *c, Py_ssize_t i,
+) noexcept nogil:
+    cdef Block b = slice_of(c, i)
+    sample_shift(of_features(statistics, &b), x, &c.sums, &b)
+
 
 cdef inline void sum_block_in_cell(
     double[:, :, ::1] partials, Py_ssize_t level, double[:, ::1] statistics,
@@ -184,6 +192,35 @@ cdef void merge_branches(
     memcpy(&total[SECOND, 0], &root[SECOND, 0], b.size * sizeof(double))
 
 
+cdef void finish_forward_slice(
+    double[:, ::1] statistics, const floating[:, :, ::1] x, const floating[::1] gamma, double eps,
+    double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
+) noexcept nogil:
+    cdef double storage[SUMS * WIDTH]
+    cdef Block b = slice_of(c, i)
+    cdef double[:, ::1] sums = rows_of(storage, SUMS, b.size, WIDTH)
+    cdef double[:, ::1] s = of_features(statistics, &b)
+    if c.measure:
+        merge_branches(sums, partials, c, &b)
+        finish_moments(s, sums, x, &c.sums, &b, partials)  # which are free again
+    find_invstd(s, gamma, eps, &b)
+
+
+cdef void finish_backward_slice(
+    floating[::1] dgamma, floating[::1] dbeta, double[:, ::1] sums, double[:, ::1] statistics,
+    const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
+    double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
+) noexcept nogil:
+    cdef double storage[CENTRES * WIDTH]
+    cdef Block b = slice_of(c, i)
+    cdef double[:, ::1] total = of_features(sums, &b)
+    cdef double[:, ::1] s = of_features(statistics, &b)
+    cdef double[:, ::1] centres = rows_of(storage, CENTRES, b.size, WIDTH)
+    merge_branches(total, partials, c, &b)
+    find_centres(centres, s, floating is float)
+    finish_gradients(total, dgamma, dbeta, centres, s, dout, x, &c.sums, &b, partials)
+
+
 # The second pass
 
 cdef void write_block(
@@ -195,7 +232,7 @@ cdef void write_block(
     the cache."""
     cdef floating scratch[PARAMETERS * SCRATCH]
     cdef bint backward = dout.shape[0] > 0
-    cdef const floating[:, :, ::1] source
+    cdef const floating[:, :, ::1] source = dout if c.frozen else x
     cdef Block b = block_of(&c.writes, c, i)
     cdef double[:, ::1] s = of_features(statistics, &b)
     cdef floating[:, ::1] columns = rows_of(
@@ -203,10 +240,8 @@ cdef void write_block(
     cdef Py_ssize_t cell, read = (2 if backward else 1) * sizeof(floating)
     cdef Py_ssize_t ahead = written_ahead(&b, c, i, read)
     if not backward:
-        source = x
         prepare_normalize(columns, s, beta, &c.writes, &b)
     elif c.frozen:
-        source = dout
         prepare_frozen_gradient(columns, s, &c.writes, &b)
     else:
         prepare_input_gradient(columns, s, of_features(sums, &b), count, &c.writes, &b)

@@ -9,22 +9,24 @@
 # Bytes moved: 8 a value forward and 12 backward (float32): x, or x and dout, are read, and y or dx
 # is written; 4 more where that goes through the cache, which reads its lines first.
 #
-# The direction is that of sums.pxi. In the forward dout is x, and is not used. `value` is what a
-# direction is: a ReLU of y goes there.
+# The direction is that of sums.pxi, and `value` is what it is. In the forward dout is x, and has no
+# say. A dx of frozen statistics is written forwards, of dout: see `prepare_frozen_gradient`.
 
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy
 
-cdef enum:  # what is needed of every column, a row of scratch each
-    HI          # the mean in the data's type: x - hi loses no digits; what is left of it, lo, goes
-    SCALE       # gamma*invstd; backward: invstd
-    SHIFT       # into what is added, beta - lo*SCALE; backward: dbeta/n - lo*invstd*dgamma/n
-    PRODUCT     # backward: dgamma/n
-    DX_SCALE    # backward: gamma*invstd
+# What is needed of every column, a row of scratch each. HI is the mean in the data's type, so that
+# x - hi loses no digits; what is left of the mean, lo, goes into OFFSET.
+cdef enum:
+    HI
+    SCALE     # of x - hi: gamma*invstd; backward: invstd
+    OFFSET    # added: beta - lo*gamma*invstd; backward, subtracted: dbeta/n - lo*invstd*dgamma/n
+    PRODUCT   # backward: dgamma/n
+    DX_SCALE  # backward: gamma*invstd
     PARAMETERS
 
 cdef enum:  # how values are written
-    DIRECT     # in place of what is read nowhere else
+    DIRECT     # straight to the output, an array of its own
     STREAMING  # past the cache, where the whole output would not stay in it
     IN_PLACE   # over what is read: by a line of scratch, as loops are made for separate arrays
 
@@ -35,13 +37,13 @@ cdef enum:
 
 
 cdef inline floating value(
-    floating x, floating dout, floating hi, floating scale, floating shift, floating product,
+    floating x, floating dout, floating hi, floating scale, floating offset, floating product,
     floating dx_scale, Direction way,
 ) noexcept nogil:
     if Direction is Backwards:
-        return ((dout - shift) - ((x - hi) * scale) * product) * dx_scale
+        return ((dout - offset) - ((x - hi) * scale) * product) * dx_scale
     else:
-        return (x - hi) * scale + shift
+        return (x - hi) * scale + offset
 
 
 cdef inline void write_values(
@@ -49,17 +51,17 @@ cdef inline void write_values(
     const floating[:, ::1] columns, bint run, Direction way,
 ) noexcept nogil:
     """Of one row. A run has one column for all its values."""
-    cdef floating hi, scale, shift, product, dx_scale
+    cdef floating hi, scale, offset, product, dx_scale
     cdef Py_ssize_t j
     if run:
-        hi, scale, shift = columns[HI, 0], columns[SCALE, 0], columns[SHIFT, 0]
+        hi, scale, offset = columns[HI, 0], columns[SCALE, 0], columns[OFFSET, 0]
         product, dx_scale = columns[PRODUCT, 0], columns[DX_SCALE, 0]
         for j in range(out.shape[0]):
-            out[j] = value(x[j], dout[j], hi, scale, shift, product, dx_scale, way)
+            out[j] = value(x[j], dout[j], hi, scale, offset, product, dx_scale, way)
     else:
         for j in range(out.shape[0]):
             out[j] = value(
-                x[j], dout[j], columns[HI, j], columns[SCALE, j], columns[SHIFT, j],
+                x[j], dout[j], columns[HI, j], columns[SCALE, j], columns[OFFSET, j],
                 columns[PRODUCT, j], columns[DX_SCALE, j], way)
 
 
@@ -67,8 +69,8 @@ cdef inline void write_burst(
     floating *target, const floating[::1] x, const floating[::1] dout,
     const floating[:, ::1] columns, bint run, int writing, Py_ssize_t ahead, Direction way,
 ) noexcept nogil:
-    """Up to BURST values, by a line of scratch. Only x is fetched, not dout: line buffers that
-    fetches hold are wanting where results are written."""
+    """A burst of values, by a line of scratch. Only x is fetched, not dout: more fetches would take
+    the line buffers that the stores need."""
     cdef floating storage[BURST + 2 * LINE]
     cdef floating *line = <floating *>aligned(storage)
     cdef size_t size = x.shape[0] * sizeof(floating)
@@ -102,11 +104,13 @@ cdef inline void write_row(
         if width == BURST:  # as a constant
             write_burst(
                 &out[start], row_of(&x[start], BURST), row_of(&dout[start], BURST),
-                tile(columns, 0, c, PARAMETERS, BURST), run, writing, ahead, way)
+                tile(columns, 0, c, PARAMETERS, 1 if run else BURST),
+                run, writing, ahead, way)
         else:
             write_burst(
                 &out[start], row_of(&x[start], width), row_of(&dout[start], width),
-                tile(columns, 0, c, PARAMETERS, width), run, writing, ahead, way)
+                tile(columns, 0, c, PARAMETERS, 1 if run else width),
+                run, writing, ahead, way)
         start += width
 
 

@@ -1,0 +1,76 @@
+# The first pass over a block: cell by cell, and the sums of cells in a tree of halves.
+#
+# Derivation and twins: those of sums.pxi; this is the order of its sums beyond a piece of rows.
+# Tests: tests/test_same_bits.py, tests/test_accuracy.py.
+# Bytes moved: those of sums.pxi; of partial sums 16 a feature and cell.
+
+from libc.string cimport memset
+
+
+cdef inline void sum_piece(
+    double[:, ::1] columns, const floating[:, ::1] x, const floating[:, ::1] dout,
+    const real[:, ::1] centres, Py_ssize_t column, bint run, Direction way,
+) noexcept nogil:
+    cdef double *sum1 = &columns[FIRST, column]
+    cdef double *sum2 = &columns[SECOND, column]
+    cdef real shift, scale
+    if run:
+        shift, scale = centres[CENTRE, column], centres[CENTRE_SCALE, column]
+        if x.shape[0] == 1:
+            sum_row(sum1, sum2, &x[0, 0], &dout[0, 0], x.shape[1], shift, scale, way)
+        else:
+            sum_run(sum1, sum2, x, dout, shift, scale, way)
+    else:
+        sum_columns(columns, x, dout, centres, way)
+
+
+cdef void sum_cell(
+    double[:, ::1] total, const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
+    const real[:, ::1] centres, const Grid *g, const Block *b, Py_ssize_t cell, Direction way,
+) noexcept nogil:
+    """A block in one cell: the sums of its columns, in `total` itself where these are features."""
+    cdef double storage[SUMS * SCRATCH]
+    cdef bint apart = b.width > b.size
+    cdef double[:, ::1] columns = rows_of(
+        <double *>aligned(storage) if apart else &total[0, 0], SUMS, b.width,
+        b.pitch if apart else total.strides[0] // <Py_ssize_t>sizeof(double))
+    cdef Piece p = cell_at(g, b, cell)
+    memset(&columns[FIRST, 0], 0, b.width * sizeof(double))
+    memset(&columns[SECOND, 0], 0, b.width * sizeof(double))
+    while next_piece(&p, g, b):
+        sum_piece(
+            columns, rows_of(&x[0, 0, 0] + p.offset, p.rows, p.width, g.stride),
+            rows_of(&dout[0, 0, 0] + p.offset, p.rows, p.width, g.stride),
+            centres, p.column, g.runs, way)
+    if apart:
+        fold(row_of(&total[FIRST, 0], b.size), row_of(&columns[FIRST, 0], b.width), g, b)
+        fold(row_of(&total[SECOND, 0], b.size), row_of(&columns[SECOND, 0], b.width), g, b)
+
+
+cdef void partial_sums(
+    double[:, ::1] total, const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
+    const real[:, ::1] centres, const Grid *g, const Block *b, Py_ssize_t cell, Py_ssize_t cells,
+    double[:, :, ::1] levels, Py_ssize_t level,
+) noexcept nogil:
+    """Of a power of two of cells: the sum of those of its halves, the second of which is summed in
+    a row of `levels`. Without a dout it is the forward."""
+    cdef Py_ssize_t half = cells // 2
+    cdef double[:, ::1] second
+    if cells == 1:
+        if dout.shape[0] == 0:
+            sum_cell(total, x, x, centres, g, b, cell, FORWARDS)
+        else:
+            sum_cell(total, x, dout, centres, g, b, cell, BACKWARDS)
+    else:
+        second = of_level(levels, level, b)
+        partial_sums(total, x, dout, centres, g, b, cell, half, levels, level)
+        partial_sums(second, x, dout, centres, g, b, cell + half, half, levels, level + 1)
+        add_sums(total, second)
+
+
+cdef inline void sums_of_block(
+    double[:, ::1] total, const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
+    const real[:, ::1] centres, const Grid *g, const Block *b, double[:, :, ::1] levels,
+) noexcept nogil:
+    """Of all cells."""
+    partial_sums(total, x, dout, centres, g, b, 0, g.cells, levels, 0)
