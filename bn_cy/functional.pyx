@@ -109,12 +109,22 @@ cdef class Cache:
     ) noexcept:
         """running += momentum*(batch - running), the variance divided by n - 1 if unbiased."""
         cdef double correction = self.count / (self.count - 1) if unbiased else 1
-        cdef const double *mean = self.row(MEAN)
-        cdef const double *var = self.row(VAR)
-        cdef Py_ssize_t f
-        for f in range(self.batch.shape.features):
-            running_mean[f] += momentum * (mean[f] - running_mean[f])
-            running_var[f] += momentum * (correction * var[f] - running_var[f])
+        average(running_mean, self.row(MEAN), momentum, 1, self.batch.shape.features)
+        average(running_var, self.row(VAR), momentum, correction, self.batch.shape.features)
+
+
+cdef void average(
+    double *running, const double *batch, double weight, double factor, Py_ssize_t features
+) noexcept:
+    """running += weight*(factor*batch - running). A weight of 1 gives the batch's own to the last
+    digit, and forgets a NaN; a weight of 0 leaves the running ones whatever the batch holds."""
+    cdef Py_ssize_t f
+    if weight == 1:
+        for f in range(features):
+            running[f] = factor * batch[f]
+    elif weight != 0:
+        for f in range(features):
+            running[f] += weight * (factor * batch[f] - running[f])
 
 
 def batchnorm_forward(x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):

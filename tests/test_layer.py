@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from exact import COMBINATIONS, TOLERANCE, error
 
-from bn_cy import BatchNorm, batchnorm_backward, batchnorm_forward, functional
+from bn_cy import BatchNorm, batchnorm_backward, batchnorm_forward, functional, moments
 
 DTYPES = [np.float32, np.float64]
 KEYS = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
@@ -375,6 +375,36 @@ def test_running_statistics_far_from_zero(rng):
         model.forward(x)
     y = layer.eval()(x)
     assert error(y, model.forward(x, training=False)) <= 5e-7
+
+
+@pytest.mark.parametrize("momentum", [1.0, None])
+def test_a_batch_with_all_the_weight_keeps_its_digits(rng, momentum):
+    """1 + 1*(var - 1) has none of a variance of 1e-18."""
+    x = (1e-9 * rng.standard_normal((64, 5))).astype(np.float32)
+    layer = BatchNorm(5, momentum=momentum, eps=0.0)
+    y = layer(x)
+    _, mean, var = moments(x)
+    np.testing.assert_array_equal(layer.running_mean, mean)
+    np.testing.assert_array_equal(layer.running_var, 64 / 63 * var)
+    np.testing.assert_allclose(layer.eval()(x), y * np.sqrt(63 / 64), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_with_all_the_weight_forgets_a_nan(rng):
+    layer = BatchNorm(5, momentum=1.0)
+    layer(np.full((8, 5), np.nan, np.float32))
+    x = rng.standard_normal((8, 5), np.float32)
+    layer(x)
+    np.testing.assert_array_equal(layer.running_mean, moments(x).mean)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_a_batch_without_weight_leaves_the_statistics_alone(rng, value):
+    layer = BatchNorm(5, momentum=0.0)
+    x = rng.standard_normal((8, 5), np.float32)
+    x[0] = value
+    layer(x)
+    np.testing.assert_array_equal(layer.running_mean, np.zeros(5))
+    np.testing.assert_array_equal(layer.running_var, np.ones(5))
 
 
 def test_momentum_none_averages_all_batches(rng):
