@@ -32,7 +32,7 @@ cdef class Batch:
     cdef int row(self, double *to, str name, values) except -1
 
 
-cdef as_array(values)
+cdef as_array(str name, values)
 cpdef double as_number(str name, value) except? -1
 cdef bint is_same(const Py_buffer *a, const Py_buffer *b) noexcept
 cdef int refuse_overlap(out, array, const Py_buffer *a, const Py_buffer *b, str message) except -1

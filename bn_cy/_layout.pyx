@@ -89,13 +89,28 @@ cdef native(name, array):
     return np.array(array, FLOAT32 if array.dtype.itemsize == 4 else FLOAT64, order="C")
 
 
-cdef as_array(values):
-    return values if type(values) is ndarray else np.asarray(values)
+cdef as_array(str name, values):
+    return values if type(values) is ndarray else as_plain(name, values)
+
+
+def as_plain(name, values):
+    """Return values as an array; TypeError where that would lose a mask, or be no array at all."""
+    kind = type(values).__name__
+    if isinstance(values, ndarray) and hasattr(values, "mask"):
+        raise TypeError(
+            f"{name} must have no mask, got {kind}: leave out what is masked, or fill it with "
+            f"{name}.filled(value)"
+        )
+    array = np.asarray(values)
+    if array.ndim == 0 and array.dtype.kind == "O":
+        way = f": try {name}.toarray()" if hasattr(values, "toarray") else ""
+        raise TypeError(f"{name} must be an array, got {kind}{way}")
+    return array
 
 
 def as_real(name, values):
     """Return an array of real numbers."""
-    array = np.asarray(values)
+    array = as_plain(name, values)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{name} must be of real numbers, got {array.dtype}")
     return array
@@ -226,7 +241,7 @@ cdef class Batch:
     cdef const void *gradient(self, Memory *memory, dout) except NULL:
         """The memory of dout, or of a copy in x's memory order."""
         cdef Py_buffer *view
-        dout = as_array(dout)
+        dout = as_array("dout", dout)
         view = hold(memory, "dout", dout)
         if kind_of(view) == 0:
             dout = native("dout", dout)
@@ -309,7 +324,7 @@ cdef class Batch:
 cdef Batch batch_of(x, axis):
     """The batch with its features along `axis`."""
     cdef Batch batch = Batch.__new__(Batch)
-    batch.array = as_array(x)
+    batch.array = as_array("x", x)
     batch.axis = checked_axis(batch.array, axis)
     batch.see()
     return batch

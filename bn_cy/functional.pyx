@@ -476,6 +476,7 @@ cdef run_forward(Cache cache, x, gamma, beta, eps, out, bint measure, bint backw
     cdef const void *shift
     cdef Py_buffer *given
     cdef Py_buffer *target
+    cdef Py_buffer *read
     cdef Memory memory
     memory.held = 0
     try:
@@ -483,7 +484,8 @@ cdef run_forward(Cache cache, x, gamma, beta, eps, out, bint measure, bint backw
         shift = batch.parameter(&memory, "beta", beta)
         y = batch.target(&memory, out, &given, &target)
         if out is not None:
-            check_forward_target(given, out, hold(&memory, "x", as_array(x)), x, backward)
+            read = hold(&memory, "x", as_array("x", x))
+            check_forward_target(given, out, read, x, backward)
         launch_forward(cache, target.buf, scale, shift, added, measure)
     finally:
         release(&memory)
@@ -499,6 +501,7 @@ cdef run_backward(Cache cache, dout, dgamma, dbeta, double *sums, bint measure, 
     cdef void *to_dbeta
     cdef Py_buffer *given
     cdef Py_buffer *target
+    cdef Py_buffer *read
     cdef Memory memory
     memory.held = 0
     try:
@@ -507,7 +510,8 @@ cdef run_backward(Cache cache, dout, dgamma, dbeta, double *sums, bint measure, 
         to_dbeta = NULL if dbeta is None else hold(&memory, "dbeta", dbeta).buf
         dx = batch.target(&memory, out, &given, &target)
         if out is not None:
-            check_backward_target(given, out, hold(&memory, "dout", as_array(dout)), dout, batch)
+            read = hold(&memory, "dout", as_array("dout", dout))
+            check_backward_target(given, out, read, dout, batch)
         launch_backward(cache, target.buf, to_dgamma, to_dbeta, sums, upstream, measure)
     finally:
         release(&memory)

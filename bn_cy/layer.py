@@ -5,13 +5,13 @@ import operator
 import numpy as np
 
 from bn_cy import functional
-from bn_cy._layout import as_float_dtype, as_index, as_number, as_real
+from bn_cy._layout import as_float_dtype, as_index, as_number, as_plain, as_real
 
 __all__ = ["BatchNorm"]
 
 
 def _entry(store, name, doc, check):
-    """Return a property that reads and replaces an entry of one of the layer's dictionaries.
+    """Return a property that reads and assigns an entry of one of the layer's dictionaries.
 
     What is stored is what `check` returns for the name, the new value and the current one.
     """
@@ -19,13 +19,13 @@ def _entry(store, name, doc, check):
     def get(layer):
         return getattr(layer, store).get(name)
 
-    def replace(layer, value):
+    def assign(layer, value):
         entries = getattr(layer, store)
         if name not in entries:
             raise AttributeError(f"this layer has no {name}")
         entries[name] = check(name, value, entries[name])
 
-    return property(get, replace, doc=doc)
+    return property(get, assign, doc=doc)
 
 
 def _checked(name, check, doc):
@@ -41,6 +41,12 @@ def _checked(name, check, doc):
 def as_is(name, value, current):
     """Return the value."""
     return value
+
+
+def copied(name, value, current):
+    """Copy a value into the layer's own array and return that: no array is shared."""
+    current[...] = fitted(name, value, current)
+    return current
 
 
 def fitted(name, value, current):
@@ -175,12 +181,12 @@ class BatchNorm:
         self.num_batches_tracked = 0
         self._cache = None
 
-    gamma = _entry("params", "gamma", "The scale, or None.", fitted)
-    beta = _entry("params", "beta", "The shift, or None.", fitted)
+    gamma = _entry("params", "gamma", "The scale, or None.", copied)
+    beta = _entry("params", "beta", "The shift, or None.", copied)
     dgamma = _entry("grads", "gamma", "Gradient of the scale, or None.", as_is)
     dbeta = _entry("grads", "beta", "Gradient of the shift, or None.", as_is)
-    running_mean = _entry("_running", "running_mean", "The running mean, or None.", fitted)
-    running_var = _entry("_running", "running_var", "The running variance, or None.", fitted)
+    running_mean = _entry("_running", "running_mean", "The running mean, or None.", copied)
+    running_var = _entry("_running", "running_var", "The running variance, or None.", copied)
     momentum = _checked("momentum", checked_momentum, "Weight of the new batch, or None.")
     num_batches_tracked = _checked("num_batches_tracked", checked_tracked, "Batches seen.")
 
@@ -210,7 +216,7 @@ class BatchNorm:
             As `batchnorm_forward`, and if the number of features does not fit. The layer is
             unchanged.
         """
-        x = np.asarray(x)
+        x = as_plain("x", x)
         self._check_features(x)
         gamma, beta = self.params.get("gamma"), self.params.get("beta")
         if not self._running:

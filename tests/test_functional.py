@@ -899,3 +899,28 @@ def test_read_only_memory_map(rng, tmp_path):
 def test_public_names_have_docstrings():
     for name in bn_cy.__all__:
         assert name == "__version__" or getattr(bn_cy, name).__doc__
+
+
+@pytest.mark.parametrize("name", ["x", "dout", "gamma", "mean"])
+def test_masked_arrays_are_refused(rng, name):
+    """np.asarray drops a mask without a word."""
+    x, dout, gamma, _ = draw(rng, (12, 5), 1, np.float32)
+    _, cache = batchnorm_forward(x)
+    given = {"x": x, "dout": dout, "gamma": gamma, "mean": np.zeros(5)}
+    masked = np.ma.masked_greater(given[name], 0.5)
+    calls = {
+        "x": lambda: batchnorm_forward(masked),
+        "dout": lambda: batchnorm_backward(masked, cache),
+        "gamma": lambda: batchnorm_forward(x, masked),
+        "mean": lambda: normalize(x, masked, np.ones(5)),
+    }
+    with refused(TypeError, name, "MaskedArray", f"{name}.filled"):
+        calls[name]()
+
+
+def test_sparse_matrices_and_other_things_are_refused_by_name():
+    sparse = pytest.importorskip("scipy.sparse").csr_matrix(np.eye(5, dtype=np.float32))
+    with refused(TypeError, "x", "csr_matrix", "x.toarray()"):
+        batchnorm_forward(sparse)
+    with refused(TypeError, "x", "dict"):
+        batchnorm_forward({})

@@ -377,6 +377,26 @@ def test_running_statistics_far_from_zero(rng):
     assert error(y, model.forward(x, training=False)) <= 5e-7
 
 
+def test_assigned_arrays_are_copied(rng):
+    """Two layers never share an array, and who holds the layer's own is not cut off."""
+    first, second = trained(rng), BatchNorm(5)
+    for name in ("gamma", "beta", "running_mean", "running_var"):
+        own, given = getattr(second, name), getattr(first, name)
+        setattr(second, name, given)
+        assert getattr(second, name) is own
+        assert not np.shares_memory(own, given)
+        np.testing.assert_array_equal(own, given)
+    assert second.params["gamma"] is second.gamma
+
+
+def test_a_masked_batch_is_refused(rng):
+    layer = BatchNorm(5)
+    before = snapshot(layer)
+    with pytest.raises(TypeError, match=r"x must have no mask.*x\.filled"):
+        layer(np.ma.masked_greater(batch(rng)[0], 0))
+    assert_same_state(snapshot(layer), before)
+
+
 @pytest.mark.parametrize("momentum", [1.0, None])
 def test_a_batch_with_all_the_weight_keeps_its_digits(rng, momentum):
     """1 + 1*(var - 1) has none of a variance of 1e-18."""
