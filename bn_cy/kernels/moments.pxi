@@ -172,15 +172,14 @@ cdef void moments_of_block(
     double[:, :, ::1] levels,
 ) noexcept nogil:
     """From samples to a shift, sums about it, moments."""
-    cdef floating narrow[CENTRES * SCRATCH]
-    cdef double wide[CENTRES * SCRATCH]
+    cdef char scratch[8 * CENTRES * SCRATCH]  # of doubles, or of floats
     cdef double storage[SUMS * WIDTH]
     cdef double[:, ::1] sums = rows_of(storage, SUMS, b.size, WIDTH)
     sample_shift(s, x, g, b)
     if g.count < FEW:
-        sum_deviations(sums, x, s, <double *>aligned(wide), g, b, levels)
+        sum_deviations(sums, x, s, <double *>aligned(scratch), g, b, levels)
     else:
-        sum_deviations(sums, x, s, <floating *>aligned(narrow), g, b, levels)
+        sum_deviations(sums, x, s, <floating *>aligned(scratch), g, b, levels)
     finish_moments(s, sums, x, g, b, levels)
 
 
