@@ -123,6 +123,19 @@ cdef int refuse_overlap(out, array, const Py_buffer *a, const Py_buffer *b, str 
     return 0
 
 
+cdef int refuse_overlaps(
+    out, const Py_buffer *view, const Memory *memory, int count, str what,
+) except -1:
+    """Refuse an `out` that shares memory with one of the first arrays that a call holds."""
+    cdef const Py_buffer *other
+    cdef int i
+    for i in range(count):
+        other = &memory.views[i]
+        if not are_apart(view, other) and np.shares_memory(out, <object>other.obj):
+            raise ValueError(f"out may not share memory with {what}")
+    return 0
+
+
 cdef bint is_same(const Py_buffer *a, const Py_buffer *b) noexcept:
     """Tell whether two arrays of one dtype are the same memory, seen alike."""
     cdef bint same = a.buf == b.buf and a.ndim == b.ndim

@@ -28,7 +28,8 @@ from libc.string cimport memcpy, memset
 from bn_cy._buffers cimport Block
 from bn_cy.kernels cimport MEAN, REST, STATISTICS, VAR, Kernels, Resources
 from bn_cy._layout cimport (
-    Batch, Memory, as_array, as_number, batch_of, hold, is_same, refuse_overlap, release,
+    Batch, Memory, as_array, as_number, batch_of, hold, is_same, refuse_overlap, refuse_overlaps,
+    release,
 )
 
 __all__ = [
@@ -189,6 +190,8 @@ def _training_forward(
     try:  # held before anything is written: a refused call changes nothing
         mean = cache.batch.running(&memory, "running_mean", running_mean)
         var = cache.batch.running(&memory, "running_var", running_var)
+        if isinstance(out, np.ndarray):
+            refuse_overlaps(out, hold(&memory, "out", out), &memory, 2, "the running statistics")
         y = run_forward(cache, x, gamma, beta, eps, out, True, True)
         if not cache.empty:
             cache.update(mean, var, momentum, unbiased)
@@ -474,6 +477,7 @@ cdef run_forward(Cache cache, x, gamma, beta, eps, out, bint measure, bint backw
     cdef double added = _checked_eps(eps)
     cdef const void *scale
     cdef const void *shift
+    cdef int parameters
     cdef Py_buffer *given
     cdef Py_buffer *target
     cdef Py_buffer *read
@@ -482,8 +486,10 @@ cdef run_forward(Cache cache, x, gamma, beta, eps, out, bint measure, bint backw
     try:
         scale = batch.parameter(&memory, "gamma", gamma)
         shift = batch.parameter(&memory, "beta", beta)
+        parameters = memory.held
         y = batch.target(&memory, out, &given, &target)
         if out is not None:
+            refuse_overlaps(out, given, &memory, parameters, "gamma or beta")
             read = hold(&memory, "x", as_array("x", x))
             check_forward_target(given, out, read, x, backward)
         launch_forward(cache, target.buf, scale, shift, added, measure)

@@ -924,3 +924,23 @@ def test_sparse_matrices_and_other_things_are_refused_by_name():
         batchnorm_forward(sparse)
     with refused(TypeError, "x", "dict"):
         batchnorm_forward({})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+def test_out_may_not_share_memory_with_a_parameter(rng, name, dtype):
+    """It would be written over while it is still read."""
+    x = rng.standard_normal((8, 6)).astype(dtype)
+    out = np.ones((8, 6), dtype)
+    given = {name: out[3]}
+    with refused(ValueError, "out", "gamma or beta"):
+        batchnorm_forward(x, **given, out=out)
+    with refused(ValueError, "out", "gamma or beta"):
+        normalize(x, np.zeros(6), np.ones(6), **given, out=out)
+    assert np.all(out == 1)
+    apart = np.ones((8, 12), dtype)[:, ::2]  # around the parameter, but not in it
+    given = {name: apart.base[0, 1::2]}
+    np.testing.assert_array_equal(
+        batchnorm_forward(x, **given, out=apart)[0],
+        batchnorm_forward(x, **{name: np.ones(6, dtype)})[0],
+    )

@@ -389,6 +389,18 @@ def test_assigned_arrays_are_copied(rng):
     assert second.params["gamma"] is second.gamma
 
 
+@pytest.mark.parametrize("name", ["gamma", "running_mean", "running_var"])
+def test_out_may_not_share_memory_with_the_layer(rng, name):
+    layer = BatchNorm(6, dtype=np.float64)
+    out = np.ones((4, 6))
+    arrays = layer.params if name == "gamma" else layer._running
+    arrays[name] = out[2]
+    with pytest.raises(ValueError, match="out may not share memory with"):
+        layer(rng.standard_normal((4, 6)), out=out)
+    assert np.all(out == 1)
+    assert layer.num_batches_tracked == 0
+
+
 def test_a_masked_batch_is_refused(rng):
     layer = BatchNorm(5)
     before = snapshot(layer)
