@@ -82,6 +82,12 @@ def _wide(per_feature: Array, x: Array, axis: int) -> Array:
     return np.reshape(per_feature, shape)
 
 
+def _check_upstream(dout: Array, x: Array) -> None:
+    """Refuse a dout of another shape, which would broadcast to a wrong gradient in silence."""
+    if np.shape(dout) != x.shape:
+        raise ValueError(f"dout must have the shape {x.shape} of x, got {np.shape(dout)}")
+
+
 def moments(x: Array, *, axis: int = 1) -> tuple[int, Array, Array]:
     """Count, mean and biased variance of every feature, in two passes.
 
@@ -418,6 +424,7 @@ def staged_backward(dout: Array, cache: dict[str, Any]) -> tuple[Array, Array, A
     ([-18.0], [0.333])
     """
     x, axis = cache["x"], cache["axis"]
+    _check_upstream(dout, x)
     xmu, xhat, sqrtvar = cache["xmu"], cache["xhat"], cache["sqrtvar"]
     n = _count(x, axis)
     dgammax = dout
@@ -521,6 +528,7 @@ def backward_closed_form(
     >>> dx.round(3).tolist(), dgamma.round(3).tolist(), dbeta.tolist()
     ([[-2.0], [4.333], [-1.333], [-1.0]], [-3.0], [9.0])
     """
+    _check_upstream(dout, x)
     n, mean, var = moments(x, axis=axis)
     invstd = 1 / np.sqrt(var + eps)
     xhat = (x - _wide(mean, x, axis)) * _wide(invstd, x, axis)
@@ -597,6 +605,7 @@ def backward_through_statistics(
     >>> dx.round(3).tolist(), dgamma.round(3).tolist(), dbeta.tolist()
     ([[-2.0], [4.333], [-1.333], [-1.0]], [-3.0], [9.0])
     """
+    _check_upstream(dout, x)
     n, mean, var = moments(x, axis=axis)
     invstd = 1 / np.sqrt(var + eps)
     xmu = x - _wide(mean, x, axis)
@@ -665,6 +674,7 @@ def frozen_backward(
     >>> dx.tolist(), dgamma.tolist(), dbeta.tolist()
     ([[9.0], [0.0], [3.0]], [-6.0], [12.0])
     """
+    _check_upstream(dout, x)
     xhat = normalize(x, mean, var, eps=eps, axis=axis)
     dx = _wide(gamma / np.sqrt(var + eps), x, axis) * dout
     return dx, _batch_sum(dout * xhat, axis), _batch_sum(dout, axis)

@@ -481,3 +481,18 @@ def test_the_examples_in_the_docstrings():
     failed, attempted = doctest.testmod(reference)
     assert failed == 0
     assert attempted >= len(reference.__all__)
+
+
+@pytest.mark.parametrize("name", [*BACKWARD_PASSES, "frozen"])
+@pytest.mark.parametrize("shape", [(1, 3), (8, 1), (3,), (8, 3, 1)])
+def test_a_dout_of_another_shape_is_refused(rng, name, shape):
+    """It would broadcast."""
+    x, ones = rng.standard_normal((8, 3)), np.ones(3)
+    passes = {
+        **BACKWARD_PASSES,
+        "frozen": lambda dout, x, gamma, beta, axis: reference.frozen_backward(
+            dout, x, gamma, beta, gamma, axis=axis
+        ),
+    }
+    with pytest.raises(ValueError, match=r"dout must have the shape \(8, 3\) of x"):
+        passes[name](rng.standard_normal(shape), x, ones, ones, 1)
