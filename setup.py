@@ -210,9 +210,9 @@ def extensions():
     variants = [PACKAGE / "kernels" / f"{name}.pyx" for name in VARIANTS]
     rooms = [path for path in (PACKAGE / "kernels").glob("*.p*") if path not in variants]
     shared = [*PACKAGE.glob("*.pxd"), *rooms]
-    sources = [*sorted(PACKAGE.glob("*.pyx")), *variants]
+    sources = [*variants, *sorted(PACKAGE.glob("*.pyx"))]  # what takes longest is begun first
     cython_code = Extension(SHARED, [SHARED.replace(".", "/") + ".c"])
-    return [cython_code, *(extension(source, shared) for source in sources)]
+    return [*(extension(source, shared) for source in sources), cython_code]
 
 
 # Processes that translate in parallel may import this file again.
