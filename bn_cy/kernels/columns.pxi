@@ -83,7 +83,7 @@ cdef inline void repeat(
         columns += each
 
 
-cdef inline void expand(real[::1] columns, const Grid *g, const Block *b) noexcept nogil:
+cdef void expand(real[::1] columns, const Grid *g, const Block *b) noexcept nogil:
     """A value a feature, which the first columns hold, to a value a column."""
     cdef Py_ssize_t t, width = b.size * g.each
     cdef real values[WIDTH]

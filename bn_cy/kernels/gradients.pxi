@@ -125,7 +125,7 @@ cdef void finish_gradients(
     store_gradient(dgamma, &sums[SECOND, 0], b)
 
 
-cdef void gradients_of_block(
+cdef inline void gradients_of_block(
     double[:, ::1] sums, floating[::1] dgamma, floating[::1] dbeta, const double[:, ::1] s,
     const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
     const Grid *g, const Block *b, double[:, :, ::1] levels,

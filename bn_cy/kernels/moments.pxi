@@ -99,7 +99,7 @@ cdef bint find_moments(
     return doubt != 0
 
 
-cdef void sum_deviations(
+cdef inline void sum_deviations(
     double[:, ::1] total, const floating[:, :, ::1] x, double[:, ::1] s, real *scratch,
     const Grid *g, const Block *b, double[:, :, ::1] levels,
 ) noexcept nogil:
@@ -157,7 +157,7 @@ cdef void rescue_moments(
         first = stop + 1
 
 
-cdef void finish_moments(
+cdef inline void finish_moments(
     double[:, ::1] s, const double[:, ::1] sums, const floating[:, :, ::1] x, const Grid *g,
     const Block *b, double[:, :, ::1] levels,
 ) noexcept nogil:
@@ -167,7 +167,7 @@ cdef void finish_moments(
         rescue_moments(s, suspect, x, g, b, levels)
 
 
-cdef void moments_of_block(
+cdef inline void moments_of_block(
     double[:, ::1] s, const floating[:, :, ::1] x, const Grid *g, const Block *b,
     double[:, :, ::1] levels,
 ) noexcept nogil:
