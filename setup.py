@@ -41,10 +41,9 @@ GCC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
 # What a special build adds; without one there is no debug information, two thirds of a wheel.
-SPECIAL_FLAGS = ["-g1"] if SANITIZE or LINETRACE else ["-g0"]
-SPECIAL_FLAGS += ["-fsanitize=address"] if SANITIZE else []
-SPECIAL_FLAGS += ["-DBN_CY_BOUNDSCHECK"] if BOUNDSCHECK else []
 SANITIZER_FLAGS = ["-fsanitize=address"] if SANITIZE else []
+SPECIAL_FLAGS = SANITIZER_FLAGS + (["-g1"] if SANITIZE or LINETRACE else ["-g0"])
+SPECIAL_FLAGS += ["-DBN_CY_BOUNDSCHECK"] if BOUNDSCHECK else []
 
 # Each if the compiler takes it. GCC gives up on loops over eight rows of doubles, which might
 # overlap the sums, after ten checks. Twice unrolled, a loop of one vector does not depend on where

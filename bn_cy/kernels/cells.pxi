@@ -11,15 +11,11 @@ cdef inline void sum_piece(
     double[:, ::1] columns, const floating[:, ::1] x, const floating[:, ::1] dout,
     const real[:, ::1] centres, Py_ssize_t column, bint run, Direction way,
 ) noexcept nogil:
-    cdef double *sum1 = &columns[FIRST, column]
-    cdef double *sum2 = &columns[SECOND, column]
     cdef real shift, scale
     if run:
         shift, scale = centres[CENTRE, column], centres[CENTRE_SCALE, column]
-        if x.shape[0] == 1:
-            sum_row(sum1, sum2, &x[0, 0], &dout[0, 0], x.shape[1], shift, scale, way)
-        else:
-            sum_run(sum1, sum2, x, dout, shift, scale, way)
+        sum_run(
+            &columns[FIRST, column], &columns[SECOND, column], x, dout, shift, scale, way)
     else:
         sum_columns(columns, x, dout, centres, way)
 
