@@ -61,7 +61,7 @@ cdef enum:  # They do not.
     # Values of a row of scratch: room to align it, and to `repeat` in it.
     SCRATCH = WIDTH + 2 * LINE
     # WIDTH where features have few values: what a feature needs for itself takes most of L1 then.
-    SLIM = 256
+    SLIM = 512
     # Features of a block of runs, at the most: their own work is vectorised.
     RUNS = 64
     # Values of the rows that runs are cut into for writing: 4 KB along memory.
