@@ -24,7 +24,7 @@ cdef class Batch:
     cdef object empty(self)
     cdef bint is_like(self, const Py_buffer *view) noexcept
     cdef int check_shape(self, str name, array, const Py_buffer *view) except -1
-    cdef const void *gradient(self, Memory *memory, dout) except NULL
+    cdef Py_buffer *like_x(self, Memory *memory, str name, values) except NULL
     cdef object target(self, Memory *memory, out, Py_buffer **given, Py_buffer **held)
     cdef Py_buffer *per_feature(self, Memory *memory, str name, values, dtype) except NULL
     cdef const void *parameter(self, Memory *memory, str name, values) except? NULL

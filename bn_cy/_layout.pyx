@@ -251,20 +251,20 @@ cdef class Batch:
             )
         return 0
 
-    cdef const void *gradient(self, Memory *memory, dout) except NULL:
-        """The memory of dout, or of a copy in x's memory order."""
+    cdef Py_buffer *like_x(self, Memory *memory, str name, values) except NULL:
+        """Hold an array of x's shape and dtype, or a copy in x's memory order."""
         cdef Py_buffer *view
-        dout = as_array("dout", dout)
-        view = hold(memory, "dout", dout)
+        array = as_array(name, values)
+        view = hold(memory, name, array)
         if kind_of(view) == 0:
-            dout = native("dout", dout)
-            view = hold(memory, "dout", dout)
-        self.check_shape("dout", dout, view)
+            array = native(name, array)
+            view = hold(memory, name, array)
+        self.check_shape(name, array, view)
         if not self.is_like(view):
             copy = self.empty()
-            copy[...] = dout
-            view = hold(memory, "dout", copy)
-        return view.buf
+            copy[...] = array
+            view = hold(memory, name, copy)
+        return view
 
     cdef object target(self, Memory *memory, out, Py_buffer **given, Py_buffer **held):
         """What the kernels write: `out`, or an array to be copied into it; a new one for None. The

@@ -32,6 +32,8 @@ def batchnorm_forward(
     *,
     axis: int = 1,
     out: _Batch | None = None,
+    relu: bool = False,
+    residual: ArrayLike | None = None,
 ) -> tuple[_Batch, Cache]: ...
 def frozen_forward(
     x: ArrayLike,
@@ -43,10 +45,12 @@ def frozen_forward(
     *,
     axis: int = 1,
     out: _Batch | None = None,
+    relu: bool = False,
+    residual: ArrayLike | None = None,
 ) -> tuple[_Batch, Cache]: ...
 def batchnorm_backward(
     dout: ArrayLike, cache: Cache, *, out: _Batch | None = None
-) -> tuple[_Batch, _Batch | None, _Batch | None]: ...
+) -> tuple[Any, ...]: ...  # dx, dgamma, dbeta, and after a residual dresidual
 def moments(x: ArrayLike, *, axis: int = 1) -> Moments: ...
 def normalize(
     x: ArrayLike,
@@ -58,6 +62,8 @@ def normalize(
     *,
     axis: int = 1,
     out: _Batch | None = None,
+    relu: bool = False,
+    residual: ArrayLike | None = None,
 ) -> _Batch: ...
 def gradient_sums(
     dout: ArrayLike,
@@ -67,6 +73,9 @@ def gradient_sums(
     eps: float = 1e-5,
     *,
     axis: int = 1,
+    relu: bool = False,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
 ) -> tuple[_Row, _Row]: ...
 def input_gradient(
     dout: ArrayLike,
@@ -81,4 +90,6 @@ def input_gradient(
     *,
     axis: int = 1,
     out: _Batch | None = None,
+    relu: bool = False,
+    beta: ArrayLike | None = None,
 ) -> _Batch: ...

@@ -7,6 +7,12 @@ The formulas, over the ``n`` values of a feature::
     dbeta = sum(dout)        dgamma = sum(dout*xhat)
     dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n)
 
+A residual is added to y, and a ReLU follows, in the same pass over memory::
+
+    y = max(gamma*xhat + beta + residual, 0)        dresidual = dout where y > 0, else 0
+
+and dresidual takes the place of dout in the other formulas.
+
 `bn_cy.reference` derives them. Everywhere, ``x`` is an array of float32 or float64 in two
 dimensions or more with the features along ``axis``. A C-contiguous array, or one that is after a
 permutation of its axes, is used as it is; any other is copied once.
@@ -26,7 +32,9 @@ from libc.math cimport INFINITY
 from libc.string cimport memcpy, memset
 
 from bn_cy._buffers cimport Block
-from bn_cy.kernels cimport MEAN, REST, STATISTICS, VAR, Kernels, Resources
+from bn_cy.kernels cimport (
+    MEAN, REST, STATISTICS, VAR, Activation, Kernels, Resources, signs_room,
+)
 from bn_cy._layout cimport (
     Batch, Memory, as_array, as_number, batch_of, hold, is_same, refuse_overlap, refuse_overlaps,
     release,
@@ -68,7 +76,8 @@ class Moments(NamedTuple):
 
 
 cdef class Cache:
-    """What a forward leaves for its backward: x by reference, and O(features) numbers.
+    """What a forward leaves for its backward: x by reference, and O(features) numbers; after a
+    residual and a ReLU also the signs of y, a bit each.
 
     Where x had to be copied, it is the copy that is kept. `count` is the number of values that each
     statistic was made of: infinite for frozen ones, which do not depend on x.
@@ -78,7 +87,8 @@ cdef class Cache:
     cdef Block memory
     cdef double *statistics  # rows of one value a feature, as the kernels name them
     cdef double count
-    cdef bint scaled, shifted
+    cdef bint scaled, shifted, relu, added
+    cdef Block signs
 
     def __cinit__(self, Batch batch):
         self.batch = batch
@@ -86,6 +96,13 @@ cdef class Cache:
         self.statistics = <double *>self.memory.start
         if batch.size == 0:
             memset(self.statistics, 0, STATISTICS * batch.shape.features * sizeof(double))
+
+    cdef Activation activation(self, void *residual) noexcept:
+        """What follows the normalization; the backward gets the memory of dresidual."""
+        cdef Activation then
+        then.relu, then.residual = self.relu, residual
+        then.signs = NULL if self.signs is None else <unsigned char *>self.signs.start
+        return then
 
     cdef double *row(self, int name) noexcept:
         return self.statistics + name * self.batch.shape.features
@@ -128,7 +145,9 @@ cdef void average(
             running[f] += weight * (factor * batch[f] - running[f])
 
 
-def batchnorm_forward(x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
+def batchnorm_forward(
+    x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None, bint relu=False, residual=None
+):
     """Normalize every feature by its mean and variance in the batch.
 
     Parameters
@@ -142,14 +161,20 @@ def batchnorm_forward(x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
     axis : int, optional
         The feature axis of `x`.
     out : array of x's shape and dtype, optional
-        Where to write `y`. It may not share memory with `x`.
+        Where to write `y`. It may not share memory with `x`. It may be `residual` itself, but may
+        not overlap it otherwise.
+    relu : bool, optional
+        Whether a ReLU follows: the maximum with 0. NaN stays NaN.
+    residual : array of x's shape and dtype, optional
+        Added before the ReLU.
 
     Returns
     -------
     y : array of x's shape and dtype
-        ``gamma*(x - mean)/sqrt(var + eps) + beta``; `out`, if given.
+        ``gamma*(x - mean)/sqrt(var + eps) + beta``, and what follows it; `out`, if given.
     cache : Cache
-        For `batchnorm_backward`. It keeps a copy of `gamma`.
+        For `batchnorm_backward`. It keeps copies of `gamma` and `beta`, and, with a residual and
+        a ReLU, a bit a value.
 
     Raises
     ------
@@ -157,8 +182,8 @@ def batchnorm_forward(x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
         If `x` is not of float32 or float64, a parameter is not of real numbers, `axis` is no
         integer, or `eps` no number.
     ValueError
-        If a shape, `axis`, `eps` or `out` does not fit, or if there is one value per feature,
-        which has no variance. An empty batch is allowed: its `y` is empty.
+        If a shape, `axis`, `eps`, `residual` or `out` does not fit, or if there is one value per
+        feature, which has no variance. An empty batch is allowed: its `y` is empty.
 
     Notes
     -----
@@ -173,13 +198,17 @@ def batchnorm_forward(x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
     >>> y
     array([[-1., -1.],
            [ 1.,  1.]])
+    >>> bn_cy.batchnorm_forward(x, eps=0, relu=True)[0]
+    array([[0., 0.],
+           [1., 1.]])
     """
     cdef Cache cache = measured_cache(x, axis)
-    return run_forward(cache, x, gamma, beta, eps, out, True, True), cache
+    return run_forward(cache, x, gamma, beta, eps, out, relu, residual, True, True), cache
 
 
 def _training_forward(
-    x, running_mean, running_var, double momentum, bint unbiased, gamma, beta, eps, axis, out
+    x, running_mean, running_var, double momentum, bint unbiased, gamma, beta, eps, axis, out,
+    bint relu, residual
 ):
     """`batchnorm_forward` that also updates running statistics, unless the batch is empty."""
     cdef Cache cache = measured_cache(x, axis)
@@ -192,7 +221,7 @@ def _training_forward(
         var = cache.batch.running(&memory, "running_var", running_var)
         if isinstance(out, np.ndarray):
             refuse_overlaps(out, hold(&memory, "out", out), &memory, 2, "the running statistics")
-        y = run_forward(cache, x, gamma, beta, eps, out, True, True)
+        y = run_forward(cache, x, gamma, beta, eps, out, relu, residual, True, True)
         if not cache.empty:
             cache.update(mean, var, momentum, unbiased)
     finally:
@@ -200,7 +229,10 @@ def _training_forward(
     return y, cache
 
 
-def frozen_forward(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
+def frozen_forward(
+    x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None, bint relu=False,
+    residual=None
+):
     """Normalize every feature by a given mean and variance, for a backward: eval mode of a layer.
 
     Parameters
@@ -209,17 +241,15 @@ def frozen_forward(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out
         The batch. The cache refers to it: it must not change before the backward.
     mean, var : array of shape (features,) and any real dtype
         The statistics, which do not depend on `x`; used in float64.
-    gamma, beta, eps, axis
+    gamma, beta, eps, axis, out, relu, residual
         As in `batchnorm_forward`.
-    out : array of x's shape and dtype, optional
-        Where to write `y`. It may not share memory with `x`.
 
     Returns
     -------
     y : array of x's shape and dtype
-        ``gamma*(x - mean)/sqrt(var + eps) + beta``; `out`, if given.
+        ``gamma*(x - mean)/sqrt(var + eps) + beta``, and what follows it; `out`, if given.
     cache : Cache
-        For `batchnorm_backward`, whose dx is then ``gamma*invstd*dout``.
+        For `batchnorm_backward`, whose dx is then ``gamma*invstd*dresidual``.
 
     Raises
     ------
@@ -241,7 +271,7 @@ def frozen_forward(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out
            [1.5]])
     """
     cdef Cache cache = frozen_cache(x, mean, var, axis)
-    return run_forward(cache, x, gamma, beta, eps, out, False, True), cache
+    return run_forward(cache, x, gamma, beta, eps, out, relu, residual, False, True), cache
 
 
 def batchnorm_backward(dout, Cache cache not None, *, out=None):
@@ -263,6 +293,9 @@ def batchnorm_backward(dout, Cache cache not None, *, out=None):
         ``gamma*invstd*(dout - dbeta/n - xhat*dgamma/n)``; `out`, if given.
     dgamma, dbeta : array of shape (features,) and x's dtype, or None
         ``sum(dout*xhat)`` and ``sum(dout)``; None if the forward had no `gamma` or no `beta`.
+    dresidual : array of x's shape and dtype
+        Only if the forward had a residual: dout where ``y > 0``, else 0; without a ReLU a copy of
+        dout. After a ReLU the other gradients are those of this.
 
     Raises
     ------
@@ -289,8 +322,10 @@ def batchnorm_backward(dout, Cache cache not None, *, out=None):
     make = new_array if cache.batch.size else np.zeros
     dgamma = make(features, dtype) if cache.scaled else None
     dbeta = make(features, dtype) if cache.shifted else None
-    dx = run_backward(cache, dout, dgamma, dbeta, <double *>sums.start, True, out)
-    return dx, dgamma, dbeta
+    dresidual = cache.batch.empty() if cache.added else None
+    dx = run_backward(
+        cache, dout, dgamma, dbeta, dresidual, <double *>sums.start, True, out)
+    return (dx, dgamma, dbeta, dresidual) if cache.added else (dx, dgamma, dbeta)
 
 
 def moments(x, *, axis=1):
@@ -328,11 +363,14 @@ def moments(x, *, axis=1):
     Moments(count=2, mean=array([2., 5.]), var=array([1., 0.]))
     """
     cdef Cache cache = Cache(batch_of(x, axis))
-    launch_forward(cache, NULL, NULL, NULL, 1, True)  # moments do not depend on eps
+    launch_forward(cache, NULL, NULL, NULL, NULL, 1, True)  # moments do not depend on eps
     return Moments(cache.batch.count, cache.row_array(MEAN), cache.row_array(VAR))
 
 
-def normalize(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None):
+def normalize(
+    x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None, bint relu=False,
+    residual=None
+):
     """Normalize every feature by a given mean and variance, as in eval mode.
 
     Parameters
@@ -341,15 +379,15 @@ def normalize(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None
         The batch.
     mean, var : array of shape (features,) and any real dtype
         The statistics; used in float64.
-    gamma, beta, eps, axis
+    gamma, beta, eps, axis, relu, residual
         As in `batchnorm_forward`.
     out : array of x's shape and dtype, optional
-        Where to write `y`. It may be `x` itself; it may not overlap it otherwise.
+        Where to write `y`. It may be `x` or `residual` itself; it may not overlap them otherwise.
 
     Returns
     -------
     y : array of x's shape and dtype
-        ``gamma*(x - mean)/sqrt(var + eps) + beta``; `out`, if given.
+        ``gamma*(x - mean)/sqrt(var + eps) + beta``, and what follows it; `out`, if given.
 
     Raises
     ------
@@ -365,10 +403,12 @@ def normalize(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None
            [ 1.]])
     """
     cdef Cache cache = frozen_cache(x, mean, var, axis)
-    return run_forward(cache, x, gamma, beta, eps, out, False, False)
+    return run_forward(cache, x, gamma, beta, eps, out, relu, residual, False, False)
 
 
-def gradient_sums(dout, x, mean, var, eps=1e-5, *, axis=1):
+def gradient_sums(
+    dout, x, mean, var, eps=1e-5, *, axis=1, bint relu=False, gamma=None, beta=None
+):
     """The two sums over the batch that the backward needs: the first half of `batchnorm_backward`.
 
     Parameters
@@ -379,6 +419,11 @@ def gradient_sums(dout, x, mean, var, eps=1e-5, *, axis=1):
         The statistics that normalized `x`; used in float64.
     eps, axis
         As in `batchnorm_forward`.
+    relu : bool, optional
+        Whether a ReLU followed: then dout counts where y > 0. Where a residual was added, too,
+        pass its gradient as dout instead, ``np.where(y > 0, dout, 0)``.
+    gamma, beta : array of shape (features,) and any real dtype, optional
+        Scale and shift of the forward. They have a say with `relu` alone.
 
     Returns
     -------
@@ -401,19 +446,20 @@ def gradient_sums(dout, x, mean, var, eps=1e-5, *, axis=1):
     cdef Cache cache = frozen_cache(x, mean, var, axis)
     cdef Memory memory
     sums = np.zeros((2, cache.batch.shape.features))
-    describe(cache, None, eps)
+    describe(cache, gamma, beta, eps, relu)
     memory.held = 0
     try:
         launch_backward(
-            cache, NULL, NULL, NULL, <double *>hold(&memory, "sums", sums).buf,
-            cache.batch.gradient(&memory, dout), True)
+            cache, NULL, NULL, NULL, NULL, <double *>hold(&memory, "sums", sums).buf,
+            cache.batch.like_x(&memory, "dout", dout).buf, True)
     finally:
         release(&memory)
     return sums[0], sums[1]
 
 
 def input_gradient(
-    dout, x, mean, var, gamma, eps, sum_dout, sum_dout_xhat, count, *, axis=1, out=None
+    dout, x, mean, var, gamma, eps, sum_dout, sum_dout_xhat, count, *, axis=1, out=None,
+    bint relu=False, beta=None
 ):
     """Gradient with respect to x, given the sums over the batch: the second half of
     `batchnorm_backward`.
@@ -434,6 +480,10 @@ def input_gradient(
     out : array of x's shape and dtype, optional
         Where to write `dx`. It may be `dout` itself, but may not overlap it otherwise; it may not
         share memory with `x`, unless this is one that had to be copied.
+    relu : bool, optional
+        As in `gradient_sums`.
+    beta : array of shape (features,) and any real dtype, optional
+        The shift of the forward. It has a say with `relu` alone.
 
     Returns
     -------
@@ -462,25 +512,27 @@ def input_gradient(
     cdef Block memory = rows_of(cache.batch, 2)
     cdef double *sums = <double *>memory.start
     cache.count = checked_count(count, cache.batch.size == 0)
-    describe(cache, gamma, eps)
+    describe(cache, gamma, beta, eps, relu)
     cache.batch.row(sums, "sum_dout", sum_dout)
     cache.batch.row(sums + cache.batch.shape.features, "sum_dout_xhat", sum_dout_xhat)
-    return run_backward(cache, dout, None, None, sums, False, out)
+    return run_backward(cache, dout, None, None, None, sums, False, out)
 
 
 # Running the kernels
 
 
-cdef run_forward(Cache cache, x, gamma, beta, eps, out, bint measure, bint backward):
+cdef run_forward(
+    Cache cache, x, gamma, beta, eps, out, bint relu, residual, bint measure, bint backward
+):
     """Check what is left, allocate y, fill statistics and y; keep x if there may be a backward."""
     cdef Batch batch = cache.batch
     cdef double added = _checked_eps(eps)
     cdef const void *scale
     cdef const void *shift
     cdef int parameters
+    cdef Py_buffer *beside = NULL
     cdef Py_buffer *given
     cdef Py_buffer *target
-    cdef Py_buffer *read
     cdef Memory memory
     memory.held = 0
     try:
@@ -488,54 +540,66 @@ cdef run_forward(Cache cache, x, gamma, beta, eps, out, bint measure, bint backw
         shift = batch.parameter(&memory, "beta", beta)
         parameters = memory.held
         y = batch.target(&memory, out, &given, &target)
+        if residual is not None:
+            beside = batch.like_x(&memory, "residual", residual)
         if out is not None:
             refuse_overlaps(out, given, &memory, parameters, "gamma or beta")
-            read = hold(&memory, "x", as_array("x", x))
-            check_forward_target(given, out, read, x, backward)
-        launch_forward(cache, target.buf, scale, shift, added, measure)
+            check_forward_target(given, out, &memory, x, residual, backward)
+        cache.relu = relu
+        if relu and residual is not None and backward:
+            cache.signs = Block(signs_room(&batch.shape))
+        launch_forward(
+            cache, target.buf, scale, shift, NULL if beside == NULL else beside.buf, added,
+            measure)
     finally:
         release(&memory)
     cache.scaled, cache.shifted = gamma is not None, beta is not None
+    cache.added = residual is not None
     return delivered(y, out)
 
 
-cdef run_backward(Cache cache, dout, dgamma, dbeta, double *sums, bint measure, out):
-    """Check dout, allocate dx, fill the sums, the gradients of the parameters and dx."""
+cdef run_backward(
+    Cache cache, dout, dgamma, dbeta, dresidual, double *sums, bint measure, out
+):
+    """Check dout, allocate dx, fill the sums, the gradients of the parameters, dresidual and dx."""
     cdef Batch batch = cache.batch
     cdef const void *upstream
     cdef void *to_dgamma
     cdef void *to_dbeta
+    cdef void *to_dresidual
     cdef Py_buffer *given
     cdef Py_buffer *target
-    cdef Py_buffer *read
     cdef Memory memory
     memory.held = 0
     try:
-        upstream = batch.gradient(&memory, dout)
+        upstream = batch.like_x(&memory, "dout", dout).buf
         to_dgamma = NULL if dgamma is None else hold(&memory, "dgamma", dgamma).buf
         to_dbeta = NULL if dbeta is None else hold(&memory, "dbeta", dbeta).buf
+        to_dresidual = NULL if dresidual is None else hold(&memory, "dresidual", dresidual).buf
         dx = batch.target(&memory, out, &given, &target)
         if out is not None:
-            read = hold(&memory, "dout", as_array("dout", dout))
-            check_backward_target(given, out, read, dout, batch)
-        launch_backward(cache, target.buf, to_dgamma, to_dbeta, sums, upstream, measure)
+            check_backward_target(given, out, &memory, dout, batch)
+        launch_backward(
+            cache, target.buf, to_dgamma, to_dbeta, to_dresidual, sums, upstream, measure)
     finally:
         release(&memory)
     return delivered(dx, out)
 
 
 cdef int launch_forward(
-    Cache cache, void *y, const void *gamma, const void *beta, double eps, bint measure
+    Cache cache, void *y, const void *gamma, const void *beta, const void *residual, double eps,
+    bint measure
 ) except -1:
     cdef Batch batch = cache.batch
     cdef double *statistics = cache.statistics
-    cdef Resources use = resources_for(batch, 2)
+    cdef Activation then = cache.activation(<void *>residual)
+    cdef Resources use = resources_for(batch, 2 if residual == NULL else 3)
     cdef int status
     if is_short(batch):
-        status = call_forward(batch, statistics, y, gamma, beta, eps, measure, &use)
+        status = call_forward(batch, statistics, y, gamma, beta, eps, measure, &then, &use)
     else:
         with nogil:
-            status = call_forward(batch, statistics, y, gamma, beta, eps, measure, &use)
+            status = call_forward(batch, statistics, y, gamma, beta, eps, measure, &then, &use)
     if status:
         raise MemoryError
     return 0
@@ -551,28 +615,30 @@ def _stream_from(Py_ssize_t size):
 
 cdef int call_forward(
     Batch batch, double *statistics, void *y, const void *gamma, const void *beta, double eps,
-    bint measure, const Resources *use
+    bint measure, const Activation *then, const Resources *use
 ) noexcept nogil:
     return kernels[batch.double_precision].forward(
-        y, statistics, batch.view.buf, gamma, beta, &batch.shape, eps, measure, use)
+        y, statistics, batch.view.buf, gamma, beta, &batch.shape, eps, measure, then, use)
 
 
 cdef int launch_backward(
-    Cache cache, void *dx, void *dgamma, void *dbeta, double *sums, const void *dout, bint measure
+    Cache cache, void *dx, void *dgamma, void *dbeta, void *dresidual, double *sums,
+    const void *dout, bint measure
 ) except -1:
     cdef Batch batch = cache.batch
     cdef double *statistics = cache.statistics
     cdef double count = cache.count
+    cdef Activation then = cache.activation(dresidual)
     # A whole backward counts one more: x and dout, wanted twice, stay less well beside dx.
     cdef Resources use = resources_for(batch, 4 if measure and dx != NULL else 3)
     cdef int status
     if is_short(batch):
         status = call_backward(
-            batch, statistics, count, dx, dgamma, dbeta, sums, dout, measure, &use)
+            batch, statistics, count, dx, dgamma, dbeta, sums, dout, measure, &then, &use)
     else:
         with nogil:
             status = call_backward(
-                batch, statistics, count, dx, dgamma, dbeta, sums, dout, measure, &use)
+                batch, statistics, count, dx, dgamma, dbeta, sums, dout, measure, &then, &use)
     if status:
         raise MemoryError
     return 0
@@ -580,11 +646,11 @@ cdef int launch_backward(
 
 cdef int call_backward(
     Batch batch, double *statistics, double count, void *dx, void *dgamma, void *dbeta,
-    double *sums, const void *dout, bint measure, const Resources *use
+    double *sums, const void *dout, bint measure, const Activation *then, const Resources *use
 ) noexcept nogil:
     return kernels[batch.double_precision].backward(
         dx, dgamma, dbeta, sums, statistics, dout, batch.view.buf, &batch.shape,
-        count, measure, use)
+        count, measure, then, use)
 
 
 cdef inline Py_ssize_t useful_threads(Batch batch) noexcept:
@@ -646,16 +712,18 @@ cdef Cache frozen_cache(x, mean, var, axis):
     return cache
 
 
-cdef int describe(Cache cache, gamma, eps) except -1:
+cdef int describe(Cache cache, gamma, beta, eps, bint relu) except -1:
     """Fill the rows that a forward would have filled: it is one without an output."""
     cdef double added = _checked_eps(eps)
     cdef Memory memory
     memory.held = 0
     try:
         launch_forward(
-            cache, NULL, cache.batch.parameter(&memory, "gamma", gamma), NULL, added, False)
+            cache, NULL, cache.batch.parameter(&memory, "gamma", gamma),
+            cache.batch.parameter(&memory, "beta", beta), NULL, added, False)
     finally:
         release(&memory)
+    cache.relu = relu
     return 0
 
 
@@ -696,24 +764,34 @@ cdef int refuse_negative(str name, const double *var, Py_ssize_t features) excep
 
 
 cdef int check_forward_target(
-    const Py_buffer *written, out, const Py_buffer *read, x, bint backward,
+    const Py_buffer *written, out, Memory *memory, x, residual, bint backward,
 ) except -1:
-    """Refuse a y that would overwrite x before it was read for the last time."""
+    """Refuse a y that would overwrite x, or a part of the residual, before it was read for the
+    last time."""
     if backward:
         refuse_overlap(
-            out, x, written, read, "out may not share memory with x, which the backward needs")
-    elif not is_same(written, read):
-        refuse_overlap(
-            out, x, written, read, "out may be x itself, but may not overlap it otherwise")
+            out, x, written, hold(memory, "x", as_array("x", x)),
+            "out may not share memory with x, which the backward needs")
+    else:
+        refuse_part(out, written, memory, "x", x)
+    if residual is not None:
+        refuse_part(out, written, memory, "residual", residual)
     return 0
 
 
 cdef int check_backward_target(
-    const Py_buffer *written, out, const Py_buffer *read, dout, Batch batch,
+    const Py_buffer *written, out, Memory *memory, dout, Batch batch,
 ) except -1:
     """Refuse a dx that would overwrite x, or a part of dout that is still to be read."""
     refuse_overlap(out, batch.array, written, &batch.view, "out may not share memory with x")
+    return refuse_part(out, written, memory, "dout", dout)
+
+
+cdef int refuse_part(out, const Py_buffer *written, Memory *memory, str name, array) except -1:
+    """Refuse an output that overlaps an array without being the array itself."""
+    cdef const Py_buffer *read = hold(memory, name, as_array(name, array))
     if not is_same(written, read):
         refuse_overlap(
-            out, dout, written, read, "out may be dout itself, but may not overlap it otherwise")
+            out, array, written, read,
+            f"out may be {name} itself, but may not overlap it otherwise")
     return 0

@@ -103,6 +103,8 @@ class BatchNorm:
         The feature axis of the input.
     dtype : dtype, optional
         float32 or float64: that of the parameters and their gradients. The input may be of either.
+    relu : bool, optional
+        Whether a ReLU follows, in the same pass over memory.
 
     Attributes
     ----------
@@ -157,6 +159,7 @@ class BatchNorm:
         unbiased=True,
         axis=1,
         dtype=np.float32,
+        relu=False,
     ):
         self.num_features = as_index("num_features", num_features)
         if self.num_features < 1:
@@ -167,6 +170,7 @@ class BatchNorm:
         self.unbiased = bool(unbiased)
         self.axis = as_index("axis", axis)
         self.dtype = as_float_dtype("dtype", dtype)
+        self.relu = bool(relu)
         self.training = True
         self.params = {}
         if scale:
@@ -195,7 +199,7 @@ class BatchNorm:
         """Whether there are running statistics."""
         return bool(self._running)
 
-    def forward(self, x, *, out=None):
+    def forward(self, x, *, out=None, residual=None):
         """Normalize a batch; in training, update the running statistics.
 
         Parameters
@@ -203,7 +207,9 @@ class BatchNorm:
         x : array of float32 or float64, with `num_features` features along `axis`
             The batch. It must not change before the backward.
         out : array of x's shape and dtype, optional
-            Where to write the result. It may not share memory with `x`.
+            Where to write the result. It may not share memory with `x`; it may be `residual`.
+        residual : array of x's shape and dtype, optional
+            Added to the result, before the ReLU if there is one: a skip connection.
 
         Returns
         -------
@@ -221,14 +227,23 @@ class BatchNorm:
         gamma, beta = self.params.get("gamma"), self.params.get("beta")
         if not self._running:
             y, cache = functional.batchnorm_forward(
-                x, gamma, beta, self.eps, axis=self.axis, out=out
+                x, gamma, beta, self.eps, axis=self.axis, out=out, relu=self.relu, residual=residual
             )
         elif self.training:
-            y, cache = self._track(x, gamma, beta, out)
+            y, cache = self._track(x, gamma, beta, out, residual)
         else:
             mean, var = self._running["running_mean"], self._running["running_var"]
             y, cache = functional.frozen_forward(
-                x, mean, var, gamma, beta, self.eps, axis=self.axis, out=out
+                x,
+                mean,
+                var,
+                gamma,
+                beta,
+                self.eps,
+                axis=self.axis,
+                out=out,
+                relu=self.relu,
+                residual=residual,
             )
         self._cache = cache
         return y
@@ -247,9 +262,11 @@ class BatchNorm:
 
         Returns
         -------
-        array of x's shape and dtype
-            `dx`; `out`, if given. After a forward in eval mode the statistics are constants:
+        dx : array of x's shape and dtype
+            `out`, if given. After a forward in eval mode the statistics are constants:
             ``dx = gamma*invstd*dout``.
+        dresidual : array of x's shape and dtype
+            Only after a forward with a residual: its gradient.
 
         Raises
         ------
@@ -260,12 +277,12 @@ class BatchNorm:
         """
         if self._cache is None:
             raise RuntimeError("backward needs a forward before it")
-        dx, dgamma, dbeta = functional.batchnorm_backward(dout, self._cache, out=out)
+        dx, dgamma, dbeta, *dresidual = functional.batchnorm_backward(dout, self._cache, out=out)
         if dgamma is not None:
             self.grads["gamma"] = dgamma.astype(self.dtype, copy=False)
         if dbeta is not None:
             self.grads["beta"] = dbeta.astype(self.dtype, copy=False)
-        return dx
+        return (dx, *dresidual) if dresidual else dx
 
     def train(self, mode=True):
         """Switch to training mode, or to eval mode.
@@ -347,7 +364,7 @@ class BatchNorm:
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"scale={self.gamma is not None}, shift={self.beta is not None}, "
             f"track_running_stats={self.track_running_stats}, unbiased={self.unbiased}, "
-            f"axis={self.axis}, dtype={self.dtype})"
+            f"axis={self.axis}, dtype={self.dtype}, relu={self.relu})"
         )
 
     def _check_features(self, x):
@@ -361,13 +378,24 @@ class BatchNorm:
                 f"got shape {x.shape}"
             )
 
-    def _track(self, x, gamma, beta, out):
+    def _track(self, x, gamma, beta, out, residual):
         """Normalize by the batch's statistics and take them into the running ones."""
         tracked = self._num_batches_tracked + 1
         momentum = 1 / tracked if self._momentum is None else self._momentum
         mean, var = self._running["running_mean"], self._running["running_var"]
         y, cache = functional._training_forward(
-            x, mean, var, momentum, self.unbiased, gamma, beta, self.eps, self.axis, out
+            x,
+            mean,
+            var,
+            momentum,
+            self.unbiased,
+            gamma,
+            beta,
+            self.eps,
+            self.axis,
+            out,
+            self.relu,
+            residual,
         )
         if not cache.empty:
             self._num_batches_tracked = tracked

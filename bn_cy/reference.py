@@ -49,6 +49,8 @@ __all__ = [
     "moments",
     "moments_one_pass",
     "normalize",
+    "relu_backward",
+    "relu_forward",
     "reparameterized_weight",
     "staged_backward",
     "staged_forward",
@@ -678,6 +680,100 @@ def frozen_backward(
     xhat = normalize(x, mean, var, eps=eps, axis=axis)
     dx = _wide(gamma / np.sqrt(var + eps), x, axis) * dout
     return dx, _batch_sum(dout * xhat, axis), _batch_sum(dout, axis)
+
+
+def relu_forward(
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    residual: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+) -> Array:
+    """Batch normalization, a residual added to it, and a ReLU, as in a block of a ResNet.
+
+    Parameters
+    ----------
+    x : ndarray
+        The batch, two dimensions or more.
+    gamma, beta : ndarray, shape (features,)
+        Scale and shift.
+    residual : ndarray, optional
+        What is added before the ReLU, of x's shape: the skip connection.
+    eps : float, optional
+        Added to the variance.
+    axis : int, optional
+        The feature axis.
+
+    Returns
+    -------
+    ndarray
+        y = max(gamma xhat + beta + residual, 0), of x's shape. NaN stays NaN.
+
+    References
+    ----------
+    .. [1] K. He, X. Zhang, S. Ren and J. Sun, "Deep Residual Learning for Image Recognition", 2015,
+       arXiv:1512.03385, figure 2.
+
+    Examples
+    --------
+    >>> x, residual = np.array([[1.0], [3.0]]), np.array([[0.5], [-3.0]])
+    >>> relu_forward(x, np.array([1.0]), np.array([2.0]), residual, eps=0).tolist()
+    [[1.5], [0.0]]
+    """
+    z = forward(x, gamma, beta, eps, axis=axis)
+    return np.maximum(z if residual is None else z + residual, 0)
+
+
+def relu_backward(
+    dout: Array,
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    residual: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+) -> tuple[Array, Array, Array, Array]:
+    """Backward pass of `relu_forward`.
+
+    Parameters
+    ----------
+    dout : ndarray
+        dl/dy, of x's shape.
+    x, gamma, beta, residual, eps, axis
+        As in `relu_forward`.
+
+    Returns
+    -------
+    dx : ndarray
+        dl/dx, of x's shape.
+    dgamma, dbeta : ndarray, shape (features,)
+        dl/dgamma and dl/dbeta.
+    dresidual : ndarray
+        dl/dresidual, of x's shape.
+
+    Notes
+    -----
+    With z_i = gamma xhat_i + beta + residual_i and y_i = max(z_i, 0)::
+
+        dy_i/dz_i = 1 where z_i > 0, and 0 where z_i < 0; at 0, where there is none, 0 is taken
+        dl/dz_i   = dout_i where y_i > 0, else 0
+
+    z_i is a sum, so that both of its parts receive all of its gradient: dl/dz is dl/dresidual, and
+    it is what `backward_closed_form` takes for dout. Of y its sign alone is needed.
+
+    Examples
+    --------
+    >>> x, dout = np.array([[1.0], [3.0], [5.0]]), np.array([[4.0], [2.0], [1.0]])
+    >>> relu_backward(dout, x, np.array([1.0]), np.array([0.0]))[3].tolist()
+    [[0.0], [0.0], [1.0]]
+    """
+    _check_upstream(dout, x)
+    y = relu_forward(x, gamma, beta, residual, eps, axis=axis)
+    dresidual = np.where(y > 0, dout, 0)
+    return *backward_closed_form(dresidual, x, gamma, eps, axis=axis), dresidual
 
 
 def jacobian(x: Array, gamma: float, eps: float = 1e-5) -> Array:

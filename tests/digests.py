@@ -75,14 +75,16 @@ def digest(*arrays):
     return state.hexdigest()[:16]
 
 
-def step(layer, x, dout):
+def step(layer, x, dout, residual=None):
     """Return the arrays that a forward and a backward leave."""
-    return layer(x), layer.backward(dout), layer.dgamma, layer.dbeta
+    y, gradients = layer(x, residual=residual), layer.backward(dout)
+    return y, *(gradients if residual is not None else [gradients]), layer.dgamma, layer.dbeta
 
 
 def digests_of_case(seed, shape, axis, dtype):
-    """Return the digests of a training step, an evaluation, the separate pieces, and of a training
-    step on features that are constant or hold an outlier, and so are summed again."""
+    """Return the digests of a training step, an evaluation, the separate pieces, a training step on
+    features that are constant or hold an outlier, and so are summed again, and of both steps with a
+    ReLU, with a residual, and with both."""
     numbers = Integers(seed)
     # Far enough from zero that no order of summation gives the exact sums by luck.
     x = (3 + numbers.bell(shape)).astype(dtype)
@@ -93,10 +95,18 @@ def digests_of_case(seed, shape, axis, dtype):
     frozen = digest(*step(layer.eval(), x, dout))
     _, mean, var = bn_cy.moments(x, axis=axis)
     pieces = digest(mean, var, *bn_cy.gradient_sums(dout, x, mean, var, axis=axis))
+    followed = []
+    residual = numbers.bell(shape).astype(dtype)
+    for relu, added in ((True, None), (False, residual), (True, residual)):
+        layer.relu = relu
+        for mode in (True, False):
+            followed += step(layer.train(mode), x, dout, added)
+    layer.relu = False
     features = np.moveaxis(x, axis, 0)
     features[::3] = 7
     features[1::3].reshape(-1)[:1] = 1e9
-    return trained, frozen, pieces, digest(*step(layer.train(), x, dout))
+    rescued = digest(*step(layer.train(), x, dout))
+    return trained, frozen, pieces, rescued, digest(*followed)
 
 
 def lines_of(seed, threads):

@@ -234,6 +234,31 @@ def test_frozen_backward_against_differences(rng, shape, axis, dtype):
     assert_gradient(lambda beta: evaluate(x, gamma, beta), beta, dout, dbeta)
 
 
+@over_precise_dtypes
+@over_shapes
+@pytest.mark.parametrize("added", [False, True])
+def test_relu_backward_against_differences(rng, shape, axis, dtype, added):
+    batch = Batch(rng, shape, axis, dtype)
+    x, gamma, beta, dout = batch.x, batch.gamma, batch.beta, batch.dout
+    residual = None
+    if added:  # such that no sum is near 0, where the ReLU has no derivative
+        z = rng.choice([-1, 1], shape) * rng.uniform(0.5, 2, shape)
+        residual = z.astype(dtype) - reference.forward(x, gamma, beta, EPS, axis=axis)
+    elif np.abs(reference.forward(x, gamma, beta, EPS, axis=axis)).min() < 0.01:
+        beta = beta + dtype(9)  # far to one side
+    gradients = reference.relu_backward(dout, x, gamma, beta, residual, EPS, axis=axis)
+
+    def forward(**changed):
+        given = {"x": x, "gamma": gamma, "beta": beta, "residual": residual, **changed}
+        return reference.relu_forward(**given, eps=EPS, axis=axis)
+
+    for name, at, gradient in zip(
+        ("x", "gamma", "beta", "residual"), (x, gamma, beta, residual), gradients, strict=True
+    ):
+        if at is not None:
+            assert_gradient(lambda value, name=name: forward(**{name: value}), at, dout, gradient)
+
+
 STEPS = ["gammax", "xhat", "ivar", "sqrtvar", "var", "sq", "xmu", "mu", "x"]
 
 
@@ -483,7 +508,7 @@ def test_the_examples_in_the_docstrings():
     assert attempted >= len(reference.__all__)
 
 
-@pytest.mark.parametrize("name", [*BACKWARD_PASSES, "frozen"])
+@pytest.mark.parametrize("name", [*BACKWARD_PASSES, "frozen", "relu"])
 @pytest.mark.parametrize("shape", [(1, 3), (8, 1), (3,), (8, 3, 1)])
 def test_a_dout_of_another_shape_is_refused(rng, name, shape):
     """It would broadcast."""
@@ -492,6 +517,9 @@ def test_a_dout_of_another_shape_is_refused(rng, name, shape):
         **BACKWARD_PASSES,
         "frozen": lambda dout, x, gamma, beta, axis: reference.frozen_backward(
             dout, x, gamma, beta, gamma, axis=axis
+        ),
+        "relu": lambda dout, x, gamma, beta, axis: reference.relu_backward(
+            dout, x, gamma, beta, axis=axis
         ),
     }
     with pytest.raises(ValueError, match=r"dout must have the shape \(8, 3\) of x"):

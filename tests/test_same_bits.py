@@ -34,16 +34,21 @@ def draw(rng, shape, axis, dtype):
     return x, dout, *parameters(rng, shape[axis], dtype)
 
 
+FOLLOWED = [(False, False), (True, False), (False, True), (True, True)]  # by relu, residual
+
+
 def step(x, dout, gamma, beta, axis, out=None):
-    """Return the digest of a training step and of an evaluation after it."""
+    """Return the digests of training steps, bare and followed, and of evaluations after them."""
     layer = BatchNorm(len(gamma), axis=axis, dtype=x.dtype)
     layer.gamma[:], layer.beta[:] = gamma, beta
     digests = []
-    for mode in (True, False):
-        layer.train(mode)
-        y = digest(layer.forward(x, out=out))
-        dx = digest(layer.backward(dout, out=out))
-        digests += [y, dx, digest(layer.dgamma, layer.dbeta)]
+    for relu, added in FOLLOWED:
+        layer.relu = relu
+        for mode in (True, False):
+            layer.train(mode)
+            y = digest(layer.forward(x, out=out, residual=dout if added else None))
+            dx = layer.backward(dout, out=out)
+            digests += [y, digest(*dx) if added else digest(dx), digest(layer.dgamma, layer.dbeta)]
     return digests, digest(layer.running_mean, layer.running_var)
 
 

@@ -11,11 +11,18 @@ cdef enum:
     VAR
     INVSTD
     GAMMA
+    BETA        # -0.0 where there is none: to add it changes no bit
     STATISTICS  # how many rows
 
 
 cdef struct Shape:
     Py_ssize_t outer, features, inner
+
+
+cdef inline Py_ssize_t signs_room(const Shape *shape) noexcept nogil:
+    """Bytes for the signs: their rows, which are images or rows of the array, begin with a byte."""
+    cdef Py_ssize_t images = shape.features if shape.inner >= 16 else 1
+    return shape.outer * (shape.features * shape.inner // 8 + images) + 2
 
 
 cdef struct Resources:  # what a call may use; has no say in the bits of any result
@@ -24,19 +31,32 @@ cdef struct Resources:  # what a call may use; has no say in the bits of any res
     bint far          # the arrays do not stay in any cache: results are written past it
 
 
+# What follows the normalization, in the same pass: y = max(gamma*xhat + beta + residual, 0).
+cdef struct Activation:
+    bint relu             # dout counts where y > 0
+    void *residual        # added; for the backward its gradient, to be filled; NULL: there is none
+    # Of a residual with a ReLU: a bit a value, whether y > 0, in as many bytes as `signs_room`
+    # says. NULL, if there is not both, or no backward.
+    unsigned char *signs
+
+
 # With `measure`, finds the moments of x; without, MEAN, REST and VAR are given. Then fills the
-# other rows of statistics, and y unless it is NULL. y may be x. gamma and beta may be NULL.
+# other rows of statistics, and y unless it is NULL. y may be x, or the residual. gamma and beta may
+# be NULL.
 ctypedef int (*Forward)(
     void *y, double *statistics, const void *x, const void *gamma, const void *beta,
-    const Shape *shape, double eps, bint measure, const Resources *use) noexcept nogil
+    const Shape *shape, double eps, bint measure,
+    const Activation *then, const Resources *use) noexcept nogil
 
 # With `measure`, finds the sums of dout, and of dout*xhat in a second row, and dgamma and dbeta
-# unless they are NULL; without, sums are given. Then fills dx unless it is NULL. dx may be dout.
-# Frozen statistics do not depend on x: they are those of infinitely many values, count = inf.
+# unless they are NULL; without, sums are given, and there is no residual. Then fills dx unless it
+# is NULL. dx may be dout. Frozen statistics do not depend on x: they are those of infinitely many
+# values, count = inf.
 ctypedef int (*Backward)(
     void *dx, void *dgamma, void *dbeta, double *sums, double *statistics,
     const void *dout, const void *x,
-    const Shape *shape, double count, bint measure, const Resources *use) noexcept nogil
+    const Shape *shape, double count, bint measure,
+    const Activation *then, const Resources *use) noexcept nogil
 
 
 cdef struct Kernels:  # one for float, one for double

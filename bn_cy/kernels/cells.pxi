@@ -11,11 +11,11 @@ cdef inline void sum_piece(
     double[:, ::1] columns, const floating[:, ::1] x, const floating[:, ::1] dout,
     const real[:, ::1] centres, Py_ssize_t column, bint run, Direction way,
 ) noexcept nogil:
-    cdef real shift, scale
     if run:
-        shift, scale = centres[CENTRE, column], centres[CENTRE_SCALE, column]
         sum_run(
-            &columns[FIRST, column], &columns[SECOND, column], x, dout, shift, scale, way)
+            &columns[FIRST, column], &columns[SECOND, column], x, dout,
+            centres[CENTRE, column], centres[CENTRE_SCALE, column],
+            gate_at(centres, column, way), way)
     else:
         sum_columns(columns, x, dout, centres, way)
 
@@ -43,30 +43,40 @@ cdef void sum_cell(
         fold(row_of(&total[SECOND, 0], b.size), row_of(&columns[SECOND, 0], b.width), g, b)
 
 
+cdef inline void sum_cell_of(
+    int way, double[:, ::1] total, const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
+    const real[:, ::1] centres, const Grid *g, const Block *b, Py_ssize_t cell,
+) noexcept nogil:
+    """From a direction at run time to one that is compiled."""
+    if way == FORWARDS:
+        sum_cell(total, x, x, centres, g, b, cell, FORWARDS)
+    elif way == BACKWARDS:
+        sum_cell(total, x, dout, centres, g, b, cell, BACKWARDS)
+    else:
+        sum_cell(total, x, dout, centres, g, b, cell, GATED)
+
+
 cdef void partial_sums(
-    double[:, ::1] total, const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
+    int way, double[:, ::1] total, const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
     const real[:, ::1] centres, const Grid *g, const Block *b, Py_ssize_t cell, Py_ssize_t cells,
     double[:, :, ::1] levels, Py_ssize_t level,
 ) noexcept nogil:
     """Of a power of two of cells: the sum of those of its halves, the second of which is summed in
-    a row of `levels`. Without a dout it is the forward."""
+    a row of `levels`."""
     cdef Py_ssize_t half = cells // 2
     cdef double[:, ::1] second
     if cells == 1:
-        if dout.shape[0] == 0:
-            sum_cell(total, x, x, centres, g, b, cell, FORWARDS)
-        else:
-            sum_cell(total, x, dout, centres, g, b, cell, BACKWARDS)
+        sum_cell_of(way, total, x, dout, centres, g, b, cell)
     else:
         second = of_level(levels, level, b)
-        partial_sums(total, x, dout, centres, g, b, cell, half, levels, level)
-        partial_sums(second, x, dout, centres, g, b, cell + half, half, levels, level + 1)
+        partial_sums(way, total, x, dout, centres, g, b, cell, half, levels, level)
+        partial_sums(way, second, x, dout, centres, g, b, cell + half, half, levels, level + 1)
         add_sums(total, second)
 
 
 cdef inline void sums_of_block(
-    double[:, ::1] total, const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
+    int way, double[:, ::1] total, const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
     const real[:, ::1] centres, const Grid *g, const Block *b, double[:, :, ::1] levels,
 ) noexcept nogil:
     """Of all cells."""
-    partial_sums(total, x, dout, centres, g, b, 0, g.cells, levels, 0)
+    partial_sums(way, total, x, dout, centres, g, b, 0, g.cells, levels, 0)

@@ -64,6 +64,21 @@ cdef inline void spread_centres(
         spread(row_of(&columns[c, 0], b.width), row_of(&centres[c, 0], b.size), g, b)
 
 
+cdef inline void spread_gate(
+    real[:, ::1] columns, const double[:, ::1] s, floating kind, const Grid *g, const Block *b,
+) noexcept nogil:
+    """What a gate computes y of: numbers of the data's type, that of `kind`, as in
+    `prepare_normalize`."""
+    cdef Py_ssize_t f
+    for f in range(b.size):
+        columns[GATE_HI, f] = <floating>s[MEAN, f]
+        columns[GATE_SLOPE, f] = <floating>(s[GAMMA, f] * s[INVSTD, f])
+    for f in range(b.size):
+        columns[GATE_OFFSET, f] = <floating>normal_offset(s, f, columns[GATE_HI, f])
+    for f in range(GATE_HI, GATED_CENTRES):
+        expand(row_of(&columns[f, 0], b.width), g, b)
+
+
 cdef inline bint overflowed(const double[:, ::1] sums) noexcept nogil:
     cdef Py_ssize_t f
     cdef long long found = 0  # and `&`: as in `find_moments`
@@ -73,19 +88,23 @@ cdef inline bint overflowed(const double[:, ::1] sums) noexcept nogil:
 
 
 cdef void rescue_gradients(
-    double[:, ::1] sums, const double[:, ::1] centres, const floating[:, :, ::1] dout,
-    const floating[:, :, ::1] x, const Grid *g, const Block *b, double[:, :, ::1] levels,
+    int way, double[:, ::1] sums, const double[:, ::1] centres, const double[:, ::1] s,
+    const floating[:, :, ::1] dout, const floating[:, :, ::1] x, const Grid *g, const Block *b,
+    double[:, :, ::1] levels,
 ) noexcept nogil:
     """Where a sum of floats overflowed: the same sums with every term in double."""
-    cdef double scratch[CENTRES * SCRATCH]
+    cdef double scratch[GATED_CENTRES * SCRATCH]
     cdef double storage[SUMS * WIDTH]
     cdef double[:, ::1] wide = rows_of(storage, SUMS, b.size, WIDTH)
     cdef Grid r = single_rows(g)
     cdef Block of_rows = block_at(&r, b.start, b.size)
-    cdef double[:, ::1] columns = rows_of(scratch, CENTRES, of_rows.width, of_rows.pitch)
+    cdef double[:, ::1] columns = rows_of(
+        scratch, GATED_CENTRES, of_rows.width, of_rows.pitch)
     cdef Py_ssize_t f, k
     spread_centres(columns, centres, &r, &of_rows)
-    sums_of_block(wide, x, dout, columns, &r, &of_rows, levels)
+    if way == GATED:
+        spread_gate(columns, s, <floating>0, &r, &of_rows)
+    sums_of_block(way, wide, x, dout, columns, &r, &of_rows, levels)
     for k in range(SUMS):
         for f in range(b.size):
             if not isfinite(sums[k, f]):
@@ -114,32 +133,35 @@ cdef inline void store_gradient(
 
 
 cdef void finish_gradients(
-    double[:, ::1] sums, floating[::1] dgamma, floating[::1] dbeta, const double[:, ::1] centres,
-    const double[:, ::1] s, const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
+    int way, double[:, ::1] sums, floating[::1] dgamma, floating[::1] dbeta,
+    const double[:, ::1] centres, const double[:, ::1] s,
+    const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
     const Grid *g, const Block *b, double[:, :, ::1] levels,
 ) noexcept nogil:
     if floating is float and overflowed(sums):
-        rescue_gradients(sums, centres, dout, x, g, b, levels)
+        rescue_gradients(way, sums, centres, s, dout, x, g, b, levels)
     find_dgamma(sums, centres, s)
     store_gradient(dbeta, &sums[FIRST, 0], b)
     store_gradient(dgamma, &sums[SECOND, 0], b)
 
 
 cdef inline void gradients_of_block(
-    double[:, ::1] sums, floating[::1] dgamma, floating[::1] dbeta, const double[:, ::1] s,
+    int way, double[:, ::1] sums, floating[::1] dgamma, floating[::1] dbeta, const double[:, ::1] s,
     const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
     const Grid *g, const Block *b, double[:, :, ::1] levels,
 ) noexcept nogil:
     """From centres to sums about them, dbeta and dgamma."""
-    cdef floating scratch[CENTRES * SCRATCH]
+    cdef floating scratch[GATED_CENTRES * SCRATCH]
     cdef double storage[CENTRES * WIDTH]
     cdef double[:, ::1] centres = rows_of(storage, CENTRES, b.size, WIDTH)
     cdef floating[:, ::1] columns = rows_of(
-        <floating *>aligned(scratch), CENTRES, b.width, b.pitch)
+        <floating *>aligned(scratch), GATED_CENTRES, b.width, b.pitch)
     find_centres(centres, s, floating is float)
     spread_centres(columns, centres, g, b)
-    sums_of_block(sums, x, dout, columns, g, b, levels)
-    finish_gradients(sums, dgamma, dbeta, centres, s, dout, x, g, b, levels)
+    if way == GATED:
+        spread_gate(columns, s, <floating>0, g, b)
+    sums_of_block(way, sums, x, dout, columns, g, b, levels)
+    finish_gradients(way, sums, dgamma, dbeta, centres, s, dout, x, g, b, levels)
 
 
 cdef void prepare_input_gradient(
@@ -159,15 +181,25 @@ cdef void prepare_input_gradient(
         columns[OFFSET, f] = <floating>(
             sums[FIRST, f] * nth
             - ((s[MEAN, f] - columns[HI, f]) + s[REST, f]) * s[INVSTD, f] * (sums[SECOND, f] * nth))
-    for f in range(PARAMETERS):
+    for f in range(GATE):
         expand(row_of(&columns[f, 0], b.width), g, b)
+
+
+cdef void prepare_gate(
+    floating[:, ::1] columns, const double[:, ::1] s, const Grid *g, const Block *b,
+) noexcept nogil:
+    """Beside what `prepare_input_gradient` has set."""
+    cdef Py_ssize_t f
+    for f in range(b.size):
+        columns[GATE, f] = <floating>normal_offset(s, f, <floating>s[MEAN, f])
+    expand(row_of(&columns[GATE, 0], b.width), g, b)
 
 
 cdef void prepare_frozen_gradient(
     floating[:, ::1] columns, const double[:, ::1] s, const Grid *g, const Block *b,
 ) noexcept nogil:
     """Of statistics that do not depend on x: dx = gamma*invstd*dout is dout normalized with a mean
-    and a beta of 0, and x is not read."""
+    and a beta of 0, and x is not read. (Through a ReLU x is read, and `value` knows it: PASSED.)"""
     cdef Py_ssize_t f
     memset(&columns[HI, 0], 0, b.width * sizeof(floating))
     memset(&columns[OFFSET, 0], 0, b.width * sizeof(floating))

@@ -12,7 +12,7 @@ from cython.parallel cimport parallel, prange
 from libc.math cimport isinf
 from libc.stdlib cimport free, malloc
 
-from bn_cy.kernels cimport STATISTICS, Backward, Forward, Kernels, Resources, Shape
+from bn_cy.kernels cimport STATISTICS, Activation, Backward, Forward, Kernels, Resources, Shape
 
 # The rooms, each of which uses only those above it.
 include "machine.pxi"    # C: views, stores past the cache, fetches, aligned scratch
@@ -20,6 +20,7 @@ include "plan.pxi"       # how a shape is walked: Grid, Block, Piece
 include "columns.pxi"    # from features to columns and back
 include "sums.pxi"       # the first passes: sum(u) and sum(u*v) of rows
 include "cells.pxi"      # and of cells, in a tree
+include "signs.pxi"      # the signs of y, a bit each, and dout behind them
 include "writes.pxi"     # the second passes: y, dx
 include "moments.pxi"    # mean and variance; what y needs
 include "gradients.pxi"  # dgamma and dbeta; what dx needs
@@ -29,12 +30,13 @@ include "schedule.pxi"   # a call: blocks, cells, threads
 # Forward: moments, then y
 
 cdef int forward(
-    floating[:, :, ::1] y, double[:, ::1] statistics, const floating[:, :, ::1] x,
+    floating[:, :, ::1] y, double[:, ::1] statistics,
+    const floating[:, :, ::1] x, const floating[:, :, ::1] residual,
     const floating[::1] gamma, const floating[::1] beta, double eps,
     double[:, :, ::1] partials, const Call *c,
 ) noexcept nogil:
-    """y = gamma*(x - mean)*invstd + beta."""
-    cdef const floating[:, :, ::1] no_dout = x[:0]
+    """y = gamma*(x - mean)*invstd + beta; a residual is added, and a ReLU follows, if the call has
+    them."""
     cdef Py_ssize_t i, cells = c.sums.cells // c.branches
     if c.by_cells:
         with parallel(num_threads=c.threads):
@@ -42,24 +44,24 @@ cdef int forward(
                 for i in prange(c.slices, schedule="static"):
                     sample_slice(statistics, x, c, i)
                 for i in prange(c.branches, schedule="static"):
-                    sum_branch(partials, i * c.levels, statistics, x, no_dout, c, i * cells, cells)
+                    sum_branch(partials, i * c.levels, statistics, x, x, c, i * cells, cells)
             for i in prange(c.slices, schedule="static"):
-                finish_forward_slice(statistics, x, gamma, eps, partials, c, i)
+                finish_forward_slice(statistics, x, gamma, beta, eps, partials, c, i)
             if c.write:
                 for i in prange(c.threads, schedule="static"):
-                    write_cells_of(i, y, x, no_dout, beta, statistics, statistics, 0, c)
+                    write_cells_of(i, y, x, residual, statistics, statistics, 0, c)
     elif c.threads == 1:  # no parallel region: one of a single thread would do, but it costs
         for i in range(c.blocks):
-            forward_block(y, statistics, x, no_dout, gamma, beta, eps, partials, c, i)
+            forward_block(y, statistics, x, residual, gamma, beta, eps, partials, c, i)
     else:
         for i in prange(c.blocks, num_threads=c.threads, schedule="static"):
-            forward_block(y, statistics, x, no_dout, gamma, beta, eps, partials, c, i)
+            forward_block(y, statistics, x, residual, gamma, beta, eps, partials, c, i)
     return 0
 
 
 cdef void forward_block(
     floating[:, :, ::1] y, double[:, ::1] statistics,
-    const floating[:, :, ::1] x, const floating[:, :, ::1] no_dout,
+    const floating[:, :, ::1] x, const floating[:, :, ::1] residual,
     const floating[::1] gamma, const floating[::1] beta, double eps,
     double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
 ) noexcept nogil:
@@ -67,9 +69,9 @@ cdef void forward_block(
     cdef double[:, ::1] s = of_features(statistics, &b)
     if c.measure:
         moments_of_block(s, x, &c.sums, &b, partials)
-    find_invstd(s, gamma, eps, &b)
+    find_invstd(s, gamma, beta, eps, &b)
     if c.write:
-        write_block(y, x, no_dout, beta, statistics, statistics, 0, c, i, 0, c.writes.cells)
+        write_block(y, x, residual, statistics, statistics, 0, c, i, 0, c.writes.cells)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -82,7 +84,8 @@ cdef int backward(
     double[:, :, ::1] partials, const Call *c,
 ) noexcept nogil:
     """dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n)."""
-    cdef const floating[::1] no_beta = dgamma[:0]
+    cdef const floating[:, :, ::1] opened = (
+        dout if c.dresidual == NULL else array_like(<floating *>c.dresidual, dout))
     cdef Py_ssize_t i, cells = c.sums.cells // c.branches
     if c.by_cells:
         with parallel(num_threads=c.threads):
@@ -91,35 +94,33 @@ cdef int backward(
                     sum_branch(partials, i * c.levels, statistics, x, dout, c, i * cells, cells)
                 for i in prange(c.slices, schedule="static"):
                     finish_backward_slice(
-                        dgamma, dbeta, sums, statistics, dout, x, partials, c, i)
+                        dgamma, dbeta, sums, statistics, opened, x, partials, c, i)
             if c.write:
                 for i in prange(c.threads, schedule="static"):
-                    write_cells_of(i, dx, x, dout, no_beta, statistics, sums, count, c)
+                    write_cells_of(i, dx, x, opened, statistics, sums, count, c)
     elif c.threads == 1:
         for i in range(c.blocks):
-            backward_block(
-                dx, dgamma, dbeta, sums, statistics, dout, x, no_beta, count, partials, c, i)
+            backward_block(dx, dgamma, dbeta, sums, statistics, dout, x, count, partials, c, i)
     else:
         for i in prange(c.blocks, num_threads=c.threads, schedule="static"):
-            backward_block(
-                dx, dgamma, dbeta, sums, statistics, dout, x, no_beta, count, partials, c, i)
+            backward_block(dx, dgamma, dbeta, sums, statistics, dout, x, count, partials, c, i)
     return 0
 
 
 cdef void backward_block(
     floating[:, :, ::1] dx, floating[::1] dgamma, floating[::1] dbeta,
     double[:, ::1] sums, double[:, ::1] statistics,
-    const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
-    const floating[::1] no_beta, double count,
+    const floating[:, :, ::1] dout, const floating[:, :, ::1] x, double count,
     double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
 ) noexcept nogil:
     cdef Block b = block_of(&c.sums, c, i)
+    cdef const floating[:, :, ::1] opened = open_gate(dout, c, &b, 0, c.sums.cells)
     if c.measure:
         gradients_of_block(
-            of_features(sums, &b), dgamma, dbeta, of_features(statistics, &b), dout, x,
+            c.summed, of_features(sums, &b), dgamma, dbeta, of_features(statistics, &b), opened, x,
             &c.sums, &b, partials)
     if c.write:
-        write_block(dx, x, dout, no_beta, statistics, sums, count, c, i, 0, c.writes.cells)
+        write_block(dx, x, opened, statistics, sums, count, c, i, 0, c.writes.cells)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -127,6 +128,18 @@ cdef void backward_block(
 
 cdef inline bint is_empty(const Shape *shape) noexcept nogil:
     return shape.outer == 0 or shape.features == 0 or shape.inner == 0
+
+
+cdef inline int written_forward(const Activation *then) noexcept nogil:
+    if then.residual != NULL:
+        return <int>JOINED if then.relu else <int>ADDED
+    return <int>RECTIFIED if then.relu else <int>FORWARDS
+
+
+cdef inline int written_backward(bint gated, bint frozen) noexcept nogil:
+    if frozen:
+        return <int>PASSED if gated else <int>FORWARDS
+    return <int>GATED if gated else <int>BACKWARDS
 
 
 cdef int take_partials(double **memory, Shape *shape, const Call *c) noexcept nogil:
@@ -141,19 +154,23 @@ cdef int take_partials(double **memory, Shape *shape, const Call *c) noexcept no
 
 cdef int enter_forward(
     floating *y, double *statistics, const floating *x, const floating *gamma, const floating *beta,
-    const Shape *shape, double eps, bint measure, const Resources *use,
+    const Shape *shape, double eps, bint measure, const Activation *then, const Resources *use,
 ) noexcept nogil:
     cdef Call c
     cdef double *partials
     cdef Shape of_partials
+    cdef const floating *residual = <const floating *>then.residual
     if is_empty(shape):
         return 0
-    c = plan_call(shape, sizeof(floating), measure, y != NULL, y == x, False, use)
+    c = plan_call(
+        shape, sizeof(floating), measure, y != NULL, y == x or y == residual,
+        FORWARDS, written_forward(then), then.signs, use)
     if take_partials(&partials, &of_partials, &c):
         return -1
     forward(
         array_of(y, shape), rows_of(statistics, STATISTICS, shape.features, shape.features),
-        array_of(x, shape), parameter_of(gamma, shape), parameter_of(beta, shape), eps,
+        array_of(x, shape), array_of(x if residual == NULL else residual, shape),
+        parameter_of(gamma, shape), parameter_of(beta, shape), eps,
         array_of(partials, &of_partials), &c)
     free(partials)
     clear_vectors()
@@ -162,15 +179,20 @@ cdef int enter_forward(
 
 cdef int enter_backward(
     floating *dx, floating *dgamma, floating *dbeta, double *sums, double *statistics,
-    const floating *dout, const floating *x,
-    const Shape *shape, double count, bint measure, const Resources *use,
+    const floating *dout, const floating *x, const Shape *shape, double count, bint measure,
+    const Activation *then, const Resources *use,
 ) noexcept nogil:
     cdef Call c
     cdef double *partials
     cdef Shape of_partials
+    cdef bint gated = then.relu and then.residual == NULL
     if is_empty(shape):
         return 0
-    c = plan_call(shape, sizeof(floating), measure, dx != NULL, dx == dout, isinf(count), use)
+    c = plan_call(
+        shape, sizeof(floating), measure, dx != NULL, dx == dout,
+        <int>GATED if gated else <int>BACKWARDS, written_backward(gated, isinf(count)),
+        then.signs, use)
+    c.dresidual = then.residual
     if take_partials(&partials, &of_partials, &c):
         return -1
     backward(

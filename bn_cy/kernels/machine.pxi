@@ -1,5 +1,5 @@
 # What Cython has no words for: all the C of the kernels. Typed memoryviews of memory that no Python
-# object owns, stores past the cache, fetches, aligned scratch.
+# object owns, stores past the cache, fetches, aligned scratch, bits.
 #
 # Derivation: none. Tests: every test of the same bits (the stores at every alignment, through and
 # past the cache: tests/test_same_bits.py).
@@ -91,6 +91,77 @@ cdef extern from *:
     #endif
     }
 
+    /* value where a > b, else 0: by its bits. A select becomes a masked load, which waits for a. */
+    static inline float bn_where_float(float value, float a, float b) {
+        uint32_t bits;
+        memcpy(&bits, &value, sizeof bits);
+        bits &= -(uint32_t)(a > b);
+        memcpy(&value, &bits, sizeof bits);
+        return value;
+    }
+
+    static inline double bn_where_double(double value, double a, double b) {
+        uint64_t bits;
+        memcpy(&bits, &value, sizeof bits);
+        bits &= -(uint64_t)(a > b);
+        memcpy(&value, &bits, sizeof bits);
+        return value;
+    }
+
+    /* Which of eight values are positive, a bit each from the lowest on. */
+    static inline unsigned bn_positive_floats(const float *y) {
+    #if defined(__AVX__)
+        return _mm256_movemask_ps(
+            _mm256_cmp_ps(_mm256_loadu_ps(y), _mm256_setzero_ps(), _CMP_GT_OQ));
+    #else
+        unsigned bits = 0;
+        for (int i = 0; i < 8; i++) bits |= (unsigned)(y[i] > 0) << i;
+        return bits;
+    #endif
+    }
+
+    static inline unsigned bn_positive_doubles(const double *y) {
+    #if defined(__AVX__)
+        const __m256d zero = _mm256_setzero_pd();
+        return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(y), zero, _CMP_GT_OQ))
+            | _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(y + 4), zero, _CMP_GT_OQ)) << 4;
+    #else
+        unsigned bits = 0;
+        for (int i = 0; i < 8; i++) bits |= (unsigned)(y[i] > 0) << i;
+        return bits;
+    #endif
+    }
+
+    /* Copy those of eight values whose bit is set, and 0 for the others. */
+    static inline void bn_open_floats(float *to, const float *from, unsigned bits) {
+    #if defined(__AVX512VL__)
+        _mm256_storeu_ps(to, _mm256_maskz_loadu_ps((__mmask8)bits, from));
+    #elif defined(__AVX2__)
+        const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)bits), each);
+        const __m256i open = _mm256_cmpeq_epi32(set, each);
+        _mm256_storeu_ps(to, _mm256_and_ps(_mm256_castsi256_ps(open), _mm256_loadu_ps(from)));
+    #else
+        for (int i = 0; i < 8; i++) to[i] = bits >> i & 1 ? from[i] : 0;
+    #endif
+    }
+
+    static inline void bn_open_doubles(double *to, const double *from, unsigned bits) {
+    #if defined(__AVX512F__)
+        _mm512_storeu_pd(to, _mm512_maskz_loadu_pd((__mmask8)bits, from));
+    #elif defined(__AVX2__)
+        for (int i = 0; i < 8; i += 4) {
+            const __m256i each = _mm256_setr_epi64x(1, 2, 4, 8);
+            const __m256i set = _mm256_and_si256(_mm256_set1_epi64x(bits >> i), each);
+            const __m256i open = _mm256_cmpeq_epi64(set, each);
+            _mm256_storeu_pd(
+                to + i, _mm256_and_pd(_mm256_castsi256_pd(open), _mm256_loadu_pd(from + i)));
+        }
+    #else
+        for (int i = 0; i < 8; i++) to[i] = bits >> i & 1 ? from[i] : 0;
+    #endif
+    }
+
     static inline void bn_stream_end(void) {
     #if BN_STREAMS
         _mm_sfence();
@@ -118,6 +189,14 @@ cdef extern from *:
     void clear_vectors "bn_clear_vectors"() noexcept nogil
     void fetch "bn_fetch"(const void *source, size_t size) noexcept nogil
     void *aligned "bn_aligned"(void *scratch) noexcept nogil
+    float where_float "bn_where_float"(float value, float a, float b) noexcept nogil
+    double where_double "bn_where_double"(double value, double a, double b) noexcept nogil
+    unsigned positive_floats "bn_positive_floats"(const float *y) noexcept nogil
+    unsigned positive_doubles "bn_positive_doubles"(const double *y) noexcept nogil
+    void open_floats "bn_open_floats"(
+        float *to, const float *source, unsigned bits) noexcept nogil
+    void open_doubles "bn_open_doubles"(
+        double *to, const double *source, unsigned bits) noexcept nogil
     const char *C_FLAGS "BN_CY_FLAGS"
     const double LARGEST "DBL_MAX"
     const bint STREAMS "BN_STREAMS"  # whether there are stores past the cache
@@ -161,6 +240,16 @@ cdef inline floating[:, :, ::1] array_of(const floating *start, const Shape *sha
         return float_array(start, outer, shape.features, shape.inner, sizeof(float))
     else:
         return double_array(start, outer, shape.features, shape.inner, sizeof(double))
+
+
+cdef inline floating[:, :, ::1] array_like(
+    const floating *start, const floating[:, :, ::1] array,
+) noexcept nogil:
+    """A view of memory that is shaped as an array."""
+    if floating is float:
+        return float_array(start, array.shape[0], array.shape[1], array.shape[2], sizeof(float))
+    else:
+        return double_array(start, array.shape[0], array.shape[1], array.shape[2], sizeof(double))
 
 
 cdef inline floating[::1] parameter_of(const floating *start, const Shape *shape) noexcept nogil:

@@ -14,7 +14,7 @@
 from libc.math cimport fabs, isfinite, sqrt
 from libc.string cimport memset
 
-from bn_cy.kernels cimport GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR
+from bn_cy.kernels cimport BETA, GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR
 
 cdef enum:
     # Values of a feature that its shift is the mean of: of normal data it is then 1.2 standard
@@ -106,7 +106,7 @@ cdef inline void sum_deviations(
     """The sums of a block about its shift, in the type of the scratch."""
     cdef real[:, ::1] centres = rows_of(scratch, CENTRES, b.width, b.pitch)
     spread(row_of(scratch, b.width), row_of(&s[MEAN, 0], b.size), g, b)
-    sums_of_block(total, x, x[:0], centres, g, b, levels)
+    sums_of_block(FORWARDS, total, x, x, centres, g, b, levels)
 
 
 cdef void sum_again(
@@ -184,9 +184,10 @@ cdef inline void moments_of_block(
 
 
 cdef void find_invstd(
-    double[:, ::1] s, const floating[::1] gamma, double eps, const Block *b,
+    double[:, ::1] s, const floating[::1] gamma, const floating[::1] beta, double eps,
+    const Block *b,
 ) noexcept nogil:
-    """invstd, and gamma beside it: what the second pass, and the backward, need."""
+    """invstd, and gamma and beta beside it: what the second pass, and the backward, need."""
     cdef Py_ssize_t f
     for f in range(b.size):
         s[INVSTD, f] = 1 / sqrt(s[VAR, f] + eps)
@@ -196,25 +197,30 @@ cdef void find_invstd(
     else:
         for f in range(b.size):
             s[GAMMA, f] = gamma[b.start + f]
+    if beta.shape[0] == 0:
+        for f in range(b.size):
+            s[BETA, f] = -0.0
+    else:
+        for f in range(b.size):
+            s[BETA, f] = beta[b.start + f]
+
+
+cdef inline double normal_offset(
+    const double[:, ::1] s, Py_ssize_t f, double hi,
+) noexcept nogil:
+    """What y has beside (x - hi)*gamma*invstd: what hi leaves of the mean, and beta."""
+    return -((s[MEAN, f] - hi) + s[REST, f]) * (s[GAMMA, f] * s[INVSTD, f]) + s[BETA, f]
 
 
 cdef void prepare_normalize(
-    floating[:, ::1] columns, const double[:, ::1] s, const floating[::1] beta, const Grid *g,
-    const Block *b,
+    floating[:, ::1] columns, const double[:, ::1] s, const Grid *g, const Block *b,
 ) noexcept nogil:
     """Each parameter by a loop of its own: with more arrays GCC gives up making vectors."""
     cdef Py_ssize_t f
     for f in range(b.size):
         columns[HI, f] = <floating>s[MEAN, f]
         columns[SCALE, f] = <floating>(s[GAMMA, f] * s[INVSTD, f])
-    if beta.shape[0] == 0:
-        for f in range(b.size):
-            columns[OFFSET, f] = <floating>(
-                -((s[MEAN, f] - columns[HI, f]) + s[REST, f]) * (s[GAMMA, f] * s[INVSTD, f]))
-    else:
-        for f in range(b.size):
-            columns[OFFSET, f] = <floating>(
-                -((s[MEAN, f] - columns[HI, f]) + s[REST, f]) * (s[GAMMA, f] * s[INVSTD, f])
-                + beta[b.start + f])
+    for f in range(b.size):
+        columns[OFFSET, f] = <floating>normal_offset(s, f, columns[HI, f])
     for f in range(OFFSET + 1):
         expand(row_of(&columns[f, 0], b.width), g, b)

@@ -8,11 +8,12 @@
 # Tests: tests/test_same_bits.py, with 1 to 16 threads; tests/test_threads.py.
 # Bytes moved: those of the passes.
 #
-# In this room and in kernels.pyx a direction is a fact at run time: a forward has an empty dout.
+# In this room and in kernels.pyx a direction is a fact at run time. A forward has x, or a residual,
+# in the place of dout.
 
 from libc.string cimport memcpy
 
-from bn_cy.kernels cimport MEAN, Resources, Shape
+from bn_cy.kernels cimport MEAN, Activation, Resources, Shape
 
 cdef enum:
     # Values from those that are written to those that are fetched, at the least: eight bursts.
@@ -22,6 +23,9 @@ cdef enum:
 cdef struct Call:
     Grid sums, writes        # how the first pass walks, and the second
     bint measure, write      # which of the passes are to be made
+    int summed, written      # what they make: a Direction, a Written
+    Signs signs              # of a residual with a ReLU
+    void *dresidual          # backward: filled before the sums, and then the dout of all; or NULL
     int writing              # DIRECT, STREAMING or IN_PLACE
     int threads
     Py_ssize_t cache
@@ -30,7 +34,6 @@ cdef struct Call:
     Py_ssize_t line_features, lines, blocks  # features that end with a cache line, how many such
     Py_ssize_t branches, levels  # by cells: subtrees that threads sum, levels of one
     Py_ssize_t slice, slices     # features whose branches a thread adds up, how many such
-    bint frozen                  # backward: the statistics do not depend on x, nor does dx
 
 
 cdef inline bint pays_by_cells(const Grid *g, Py_ssize_t threads, bint far) noexcept nogil:
@@ -50,17 +53,18 @@ cdef inline bint pays_by_cells(const Grid *g, Py_ssize_t threads, bint far) noex
 
 cdef Call plan_call(
     const Shape *shape, Py_ssize_t itemsize, bint measure, bint write, bint in_place,
-    bint frozen, const Resources *use,
+    int summed, int written, unsigned char *signs, const Resources *use,
 ) noexcept nogil:
     cdef Call c
     c.sums = plan_sums(shape)
     c.writes = plan_writes(&c.sums)
-    c.measure, c.write, c.frozen = measure, write, frozen
+    c.measure, c.write, c.summed, c.written = measure, write, summed, written
     c.writing = STREAMING if use.far and STREAMS else IN_PLACE if in_place else DIRECT
     c.threads, c.cache, c.far = use.threads, use.cache, use.far
     c.by_cells = pays_by_cells(&c.sums, c.threads, c.far)
     share_blocks(&c, block_features(&c.sums, itemsize, c.cache, measure))
     share_cells(&c)
+    c.signs, c.dresidual = plan_signs(signs, &c.writes, c.line_features), NULL
     return c
 
 
@@ -136,27 +140,44 @@ cdef void sample_slice(
     sample_shift(of_features(statistics, &b), x, &c.sums, &b)
 
 
+cdef inline const floating[:, :, ::1] open_gate(
+    const floating[:, :, ::1] dout, const Call *c, const Block *b, Py_ssize_t first,
+    Py_ssize_t stop,
+) noexcept nogil:
+    """The dout of all that follows: that of the residual, made here for a block in some cells, or
+    dout itself."""
+    cdef floating[:, :, ::1] dresidual
+    cdef Py_ssize_t cell
+    if c.dresidual == NULL:
+        return dout
+    dresidual = array_like(<floating *>c.dresidual, dout)
+    for cell in range(first, stop):
+        open_cell(dresidual, dout, &c.signs, &c.sums, b, cell)
+    return dresidual
+
+
 cdef inline void sum_block_in_cell(
     double[:, :, ::1] partials, Py_ssize_t level, double[:, ::1] statistics,
     const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
     const Call *c, Py_ssize_t cell, Py_ssize_t i,
 ) noexcept nogil:
-    cdef floating scratch[CENTRES * SCRATCH]
+    cdef floating scratch[GATED_CENTRES * SCRATCH]
     cdef double storage[CENTRES * WIDTH]
-    cdef bint backward = dout.shape[0] > 0
     cdef Block b = block_of(&c.sums, c, i)
     cdef double[:, ::1] s = of_features(statistics, &b)
-    cdef double[:, ::1] total = of_level(partials, level, &b)
     cdef double[:, ::1] centres = rows_of(storage, CENTRES, b.size, WIDTH)
     cdef floating[:, ::1] columns = rows_of(
-        <floating *>aligned(scratch), CENTRES, b.width, b.pitch)
-    if backward:
+        <floating *>aligned(scratch), GATED_CENTRES, b.width, b.pitch)
+    if c.summed == FORWARDS:
+        spread(row_of(&columns[CENTRE, 0], b.width), row_of(&s[MEAN, 0], b.size), &c.sums, &b)
+    else:
         find_centres(centres, s, floating is float)
         spread_centres(columns, centres, &c.sums, &b)
-        sum_cell(total, x, dout, columns, &c.sums, &b, cell, BACKWARDS)
-    else:
-        spread(row_of(&columns[CENTRE, 0], b.width), row_of(&s[MEAN, 0], b.size), &c.sums, &b)
-        sum_cell(total, x, x, columns, &c.sums, &b, cell, FORWARDS)
+    if c.summed == GATED:
+        spread_gate(columns, s, <floating>0, &c.sums, &b)
+    sum_cell_of(
+        c.summed, of_level(partials, level, &b), x, open_gate(dout, c, &b, cell, cell + 1),
+        columns, &c.sums, &b, cell)
 
 
 cdef void sum_branch(
@@ -193,8 +214,8 @@ cdef void merge_branches(
 
 
 cdef void finish_forward_slice(
-    double[:, ::1] statistics, const floating[:, :, ::1] x, const floating[::1] gamma, double eps,
-    double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
+    double[:, ::1] statistics, const floating[:, :, ::1] x, const floating[::1] gamma,
+    const floating[::1] beta, double eps, double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
 ) noexcept nogil:
     cdef double storage[SUMS * WIDTH]
     cdef Block b = slice_of(c, i)
@@ -203,7 +224,7 @@ cdef void finish_forward_slice(
     if c.measure:
         merge_branches(sums, partials, c, &b)
         finish_moments(s, sums, x, &c.sums, &b, partials)  # which are free again
-    find_invstd(s, gamma, eps, &b)
+    find_invstd(s, gamma, beta, eps, &b)
 
 
 cdef void finish_backward_slice(
@@ -218,40 +239,43 @@ cdef void finish_backward_slice(
     cdef double[:, ::1] centres = rows_of(storage, CENTRES, b.size, WIDTH)
     merge_branches(total, partials, c, &b)
     find_centres(centres, s, floating is float)
-    finish_gradients(total, dgamma, dbeta, centres, s, dout, x, &c.sums, &b, partials)
+    finish_gradients(c.summed, total, dgamma, dbeta, centres, s, dout, x, &c.sums, &b, partials)
 
 
 # The second pass
 
+cdef inline void prepare_columns(
+    floating[:, ::1] columns, const double[:, ::1] s, const double[:, ::1] sums, double count,
+    const Call *c, const Block *b,
+) noexcept nogil:
+    if c.written == BACKWARDS or c.written == GATED:
+        prepare_input_gradient(columns, s, sums, count, &c.writes, b)
+        if c.written == GATED:
+            prepare_gate(columns, s, &c.writes, b)
+    elif c.summed == FORWARDS or c.written == PASSED:
+        prepare_normalize(columns, s, &c.writes, b)
+    else:
+        prepare_frozen_gradient(columns, s, &c.writes, b)
+
+
 cdef void write_block(
     floating[:, :, ::1] out, const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
-    const floating[::1] beta, double[:, ::1] statistics, double[:, ::1] sums, double count,
+    double[:, ::1] statistics, double[:, ::1] sums, double count,
     const Call *c, Py_ssize_t i, Py_ssize_t first, Py_ssize_t stop,
 ) noexcept nogil:
     """A block in some cells, from the last to the first: it begins on what the first pass left in
     the cache."""
     cdef floating scratch[PARAMETERS * SCRATCH]
-    cdef bint backward = dout.shape[0] > 0
-    cdef const floating[:, :, ::1] source = dout if c.frozen else x
     cdef Block b = block_of(&c.writes, c, i)
-    cdef double[:, ::1] s = of_features(statistics, &b)
     cdef floating[:, ::1] columns = rows_of(
         <floating *>aligned(scratch), PARAMETERS, b.width, b.pitch)
-    cdef Py_ssize_t cell, read = (2 if backward else 1) * sizeof(floating)
+    cdef Py_ssize_t cell, read = (1 if c.summed == FORWARDS else 2) * sizeof(floating)
     cdef Py_ssize_t ahead = written_ahead(&b, c, i, read)
-    if not backward:
-        prepare_normalize(columns, s, beta, &c.writes, &b)
-    elif c.frozen:
-        prepare_frozen_gradient(columns, s, &c.writes, &b)
-    else:
-        prepare_input_gradient(columns, s, of_features(sums, &b), count, &c.writes, &b)
+    prepare_columns(
+        columns, of_features(statistics, &b), of_features(sums, &b), count, c, &b)
     for cell in range(stop - 1, first - 1, -1):
-        if backward and not c.frozen:
-            write_cell(
-                out, x, dout, columns, &c.writes, &b, cell, c.writing, ahead, BACKWARDS)
-        else:
-            write_cell(
-                out, source, source, columns, &c.writes, &b, cell, c.writing, ahead, FORWARDS)
+        write_cell_of(
+            c.written, out, x, dout, columns, &c.writes, &b, cell, c.writing, ahead, &c.signs)
     end_streaming()
 
 
@@ -263,8 +287,7 @@ cdef inline Py_ssize_t first_cell(const Call *c, Py_ssize_t thread) noexcept nog
 cdef void write_cells_of(
     Py_ssize_t thread, floating[:, :, ::1] out,
     const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
-    const floating[::1] beta, double[:, ::1] statistics, double[:, ::1] sums, double count,
-    const Call *c,
+    double[:, ::1] statistics, double[:, ::1] sums, double count, const Call *c,
 ) noexcept nogil:
     """A thread's cells: within the cache all of a block and then the next block, past it cell by
     cell, as memory is read best in whole rows."""
@@ -273,5 +296,5 @@ cdef void write_cells_of(
     while stop > first:
         begin = stop - 1 if c.blocks > 1 and c.far else first
         for i in range(c.blocks):
-            write_block(out, x, dout, beta, statistics, sums, count, c, i, begin, stop)
+            write_block(out, x, dout, statistics, sums, count, c, i, begin, stop)
         stop = begin
