@@ -33,7 +33,8 @@ from libc.string cimport memcpy, memset
 
 from bn_cy._buffers cimport Block
 from bn_cy.kernels cimport (
-    MEAN, REST, STATISTICS, VAR, Activation, Kernels, Resources, signs_room,
+    MEAN, REST, STATISTICS, VAR, Activation, Kernels, Resources, Running,
+    signs_room,
 )
 from bn_cy._layout cimport (
     Batch, Memory, as_array, as_number, batch_of, hold, is_same, refuse_overlap, refuse_overlaps,
@@ -122,28 +123,6 @@ cdef class Cache:
         """Whether the batch had no values: then it has no statistics."""
         return self.batch.size == 0
 
-    cdef void update(
-        self, double *running_mean, double *running_var, double momentum, bint unbiased
-    ) noexcept:
-        """running += momentum*(batch - running), the variance divided by n - 1 if unbiased."""
-        cdef double correction = self.count / (self.count - 1) if unbiased else 1
-        average(running_mean, self.row(MEAN), momentum, 1, self.batch.shape.features)
-        average(running_var, self.row(VAR), momentum, correction, self.batch.shape.features)
-
-
-cdef void average(
-    double *running, const double *batch, double weight, double factor, Py_ssize_t features
-) noexcept:
-    """running += weight*(factor*batch - running). A weight of 1 gives the batch's own to the last
-    digit, and forgets a NaN; a weight of 0 leaves the running ones whatever the batch holds."""
-    cdef Py_ssize_t f
-    if weight == 1:
-        for f in range(features):
-            running[f] = factor * batch[f]
-    elif weight != 0:
-        for f in range(features):
-            running[f] += weight * (factor * batch[f] - running[f])
-
 
 def batchnorm_forward(
     x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None, bint relu=False, residual=None
@@ -203,7 +182,7 @@ def batchnorm_forward(
            [1., 1.]])
     """
     cdef Cache cache = measured_cache(x, axis)
-    return run_forward(cache, x, gamma, beta, eps, out, relu, residual, True, True), cache
+    return run_forward(cache, x, gamma, beta, eps, out, relu, residual, True, NULL, True), cache
 
 
 def _training_forward(
@@ -212,18 +191,17 @@ def _training_forward(
 ):
     """`batchnorm_forward` that also updates running statistics, unless the batch is empty."""
     cdef Cache cache = measured_cache(x, axis)
-    cdef double *mean
-    cdef double *var
+    cdef Running running
     cdef Memory memory
     memory.held = 0
     try:  # held before anything is written: a refused call changes nothing
-        mean = cache.batch.running(&memory, "running_mean", running_mean)
-        var = cache.batch.running(&memory, "running_var", running_var)
+        running.mean = cache.batch.running(&memory, "running_mean", running_mean)
+        running.var = cache.batch.running(&memory, "running_var", running_var)
+        running.weight = momentum
+        running.correction = cache.count / (cache.count - 1) if unbiased else 1
         if isinstance(out, np.ndarray):
             refuse_overlaps(out, hold(&memory, "out", out), &memory, 2, "the running statistics")
-        y = run_forward(cache, x, gamma, beta, eps, out, relu, residual, True, True)
-        if not cache.empty:
-            cache.update(mean, var, momentum, unbiased)
+        y = run_forward(cache, x, gamma, beta, eps, out, relu, residual, True, &running, True)
     finally:
         release(&memory)
     return y, cache
@@ -271,7 +249,7 @@ def frozen_forward(
            [1.5]])
     """
     cdef Cache cache = frozen_cache(x, mean, var, axis)
-    return run_forward(cache, x, gamma, beta, eps, out, relu, residual, False, True), cache
+    return run_forward(cache, x, gamma, beta, eps, out, relu, residual, False, NULL, True), cache
 
 
 def batchnorm_backward(dout, Cache cache not None, *, out=None):
@@ -363,7 +341,7 @@ def moments(x, *, axis=1):
     Moments(count=2, mean=array([2., 5.]), var=array([1., 0.]))
     """
     cdef Cache cache = Cache(batch_of(x, axis))
-    launch_forward(cache, NULL, NULL, NULL, NULL, 1, True)  # moments do not depend on eps
+    launch_forward(cache, NULL, NULL, NULL, NULL, 1, True, NULL)  # moments do not depend on eps
     return Moments(cache.batch.count, cache.row_array(MEAN), cache.row_array(VAR))
 
 
@@ -403,7 +381,7 @@ def normalize(
            [ 1.]])
     """
     cdef Cache cache = frozen_cache(x, mean, var, axis)
-    return run_forward(cache, x, gamma, beta, eps, out, relu, residual, False, False)
+    return run_forward(cache, x, gamma, beta, eps, out, relu, residual, False, NULL, False)
 
 
 def gradient_sums(
@@ -522,7 +500,8 @@ def input_gradient(
 
 
 cdef run_forward(
-    Cache cache, x, gamma, beta, eps, out, bint relu, residual, bint measure, bint backward
+    Cache cache, x, gamma, beta, eps, out, bint relu, residual, bint measure,
+    const Running *running, bint backward
 ):
     """Check what is left, allocate y, fill statistics and y; keep x if there may be a backward."""
     cdef Batch batch = cache.batch
@@ -550,7 +529,7 @@ cdef run_forward(
             cache.signs = Block(signs_room(&batch.shape))
         launch_forward(
             cache, target.buf, scale, shift, NULL if beside == NULL else beside.buf, added,
-            measure)
+            measure, running)
     finally:
         release(&memory)
     cache.scaled, cache.shifted = gamma is not None, beta is not None
@@ -588,7 +567,7 @@ cdef run_backward(
 
 cdef int launch_forward(
     Cache cache, void *y, const void *gamma, const void *beta, const void *residual, double eps,
-    bint measure
+    bint measure, const Running *running
 ) except -1:
     cdef Batch batch = cache.batch
     cdef double *statistics = cache.statistics
@@ -596,10 +575,12 @@ cdef int launch_forward(
     cdef Resources use = resources_for(batch, 2 if residual == NULL else 3)
     cdef int status
     if is_short(batch):
-        status = call_forward(batch, statistics, y, gamma, beta, eps, measure, &then, &use)
+        status = call_forward(
+            batch, statistics, y, gamma, beta, eps, measure, running, &then, &use)
     else:
         with nogil:
-            status = call_forward(batch, statistics, y, gamma, beta, eps, measure, &then, &use)
+            status = call_forward(
+                batch, statistics, y, gamma, beta, eps, measure, running, &then, &use)
     if status:
         raise MemoryError
     return 0
@@ -615,10 +596,10 @@ def _stream_from(Py_ssize_t size):
 
 cdef int call_forward(
     Batch batch, double *statistics, void *y, const void *gamma, const void *beta, double eps,
-    bint measure, const Activation *then, const Resources *use
+    bint measure, const Running *running, const Activation *then, const Resources *use
 ) noexcept nogil:
     return kernels[batch.double_precision].forward(
-        y, statistics, batch.view.buf, gamma, beta, &batch.shape, eps, measure, then, use)
+        y, statistics, batch.view.buf, gamma, beta, &batch.shape, eps, measure, running, then, use)
 
 
 cdef int launch_backward(
@@ -720,7 +701,7 @@ cdef int describe(Cache cache, gamma, beta, eps, bint relu) except -1:
     try:
         launch_forward(
             cache, NULL, cache.batch.parameter(&memory, "gamma", gamma),
-            cache.batch.parameter(&memory, "beta", beta), NULL, added, False)
+            cache.batch.parameter(&memory, "beta", beta), NULL, added, False, NULL)
     finally:
         release(&memory)
     cache.relu = relu

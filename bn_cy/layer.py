@@ -222,7 +222,8 @@ class BatchNorm:
             As `batchnorm_forward`, and if the number of features does not fit. The layer is
             unchanged.
         """
-        x = as_plain("x", x)
+        if type(x) is not np.ndarray:
+            x = as_plain("x", x)
         self._check_features(x)
         gamma, beta = self.params.get("gamma"), self.params.get("beta")
         if not self._running:
@@ -368,14 +369,15 @@ class BatchNorm:
         )
 
     def _check_features(self, x):
-        if (
-            x.ndim >= 2
-            and -x.ndim <= self.axis < x.ndim
-            and x.shape[self.axis] != self.num_features
-        ):
+        shape = x.shape
+        try:
+            fits = len(shape) < 2 or shape[self.axis] == self.num_features
+        except IndexError:
+            return  # refused where the dimensions are known to be wrong, with their range
+        if not fits:
             raise ValueError(
                 f"x must have {self.num_features} features along axis {self.axis}, "
-                f"got shape {x.shape}"
+                f"got shape {shape}"
             )
 
     def _track(self, x, gamma, beta, out, residual):

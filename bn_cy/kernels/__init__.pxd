@@ -25,6 +25,14 @@ cdef inline Py_ssize_t signs_room(const Shape *shape) noexcept nogil:
     return shape.outer * (shape.features * shape.inner // 8 + images) + 2
 
 
+# Averages over batches, a double a feature each: running += weight*(batch - running).
+cdef struct Running:
+    double *mean
+    double *var        # of which the batch has correction*var: n/(n - 1), or 1
+    double weight      # 1 gives the batch's own to the last digit, 0 leaves the running ones
+    double correction
+
+
 cdef struct Resources:  # what a call may use; has no say in the bits of any result
     int threads       # at least 1
     Py_ssize_t cache  # bytes that a thread finds again in a second pass
@@ -40,12 +48,12 @@ cdef struct Activation:
     unsigned char *signs
 
 
-# With `measure`, finds the moments of x; without, MEAN, REST and VAR are given. Then fills the
-# other rows of statistics, and y unless it is NULL. y may be x, or the residual. gamma and beta may
-# be NULL.
+# With `measure`, finds the moments of x, and updates the running ones unless these are NULL;
+# without, MEAN, REST and VAR are given. Then fills the other rows of statistics, and y unless it is
+# NULL. y may be x, or the residual. gamma and beta may be NULL.
 ctypedef int (*Forward)(
     void *y, double *statistics, const void *x, const void *gamma, const void *beta,
-    const Shape *shape, double eps, bint measure,
+    const Shape *shape, double eps, bint measure, const Running *running,
     const Activation *then, const Resources *use) noexcept nogil
 
 # With `measure`, finds the sums of dout, and of dout*xhat in a second row, and dgamma and dbeta

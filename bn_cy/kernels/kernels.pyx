@@ -12,7 +12,9 @@ from cython.parallel cimport parallel, prange
 from libc.math cimport isinf
 from libc.stdlib cimport free, malloc
 
-from bn_cy.kernels cimport STATISTICS, Activation, Backward, Forward, Kernels, Resources, Shape
+from bn_cy.kernels cimport (
+    STATISTICS, Activation, Backward, Forward, Kernels, Resources, Running, Shape,
+)
 
 # The rooms, each of which uses only those above it.
 include "machine.pxi"    # C: views, stores past the cache, fetches, aligned scratch
@@ -69,6 +71,7 @@ cdef void forward_block(
     cdef double[:, ::1] s = of_features(statistics, &b)
     if c.measure:
         moments_of_block(s, x, &c.sums, &b, partials)
+        update_running(c.running, s, &b)
     find_invstd(s, gamma, beta, eps, &b)
     if c.write:
         write_block(y, x, residual, statistics, statistics, 0, c, i, 0, c.writes.cells)
@@ -154,7 +157,8 @@ cdef int take_partials(double **memory, Shape *shape, const Call *c) noexcept no
 
 cdef int enter_forward(
     floating *y, double *statistics, const floating *x, const floating *gamma, const floating *beta,
-    const Shape *shape, double eps, bint measure, const Activation *then, const Resources *use,
+    const Shape *shape, double eps, bint measure, const Running *running, const Activation *then,
+    const Resources *use,
 ) noexcept nogil:
     cdef Call c
     cdef double *partials
@@ -165,6 +169,7 @@ cdef int enter_forward(
     c = plan_call(
         shape, sizeof(floating), measure, y != NULL, y == x or y == residual,
         FORWARDS, written_forward(then), then.signs, use)
+    c.running = running
     if take_partials(&partials, &of_partials, &c):
         return -1
     forward(

@@ -14,7 +14,7 @@
 from libc.math cimport fabs, isfinite, sqrt
 from libc.string cimport memset
 
-from bn_cy.kernels cimport BETA, GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR
+from bn_cy.kernels cimport BETA, GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR, Running
 
 cdef enum:
     # Values of a feature that its shift is the mean of: of normal data it is then 1.2 standard
@@ -181,6 +181,32 @@ cdef inline void moments_of_block(
     else:
         sum_deviations(sums, x, s, <floating *>aligned(scratch), g, b, levels)
     finish_moments(s, sums, x, g, b, levels)
+
+
+cdef void average(
+    double[::1] running, const double[::1] batch, double weight, double factor,
+) noexcept nogil:
+    """running += weight*(factor*batch - running). A weight of 1 forgets a NaN, and a weight of 0
+    lets none in."""
+    cdef Py_ssize_t f
+    if weight == 1:
+        for f in range(running.shape[0]):
+            running[f] = factor * batch[f]
+    elif weight != 0:
+        for f in range(running.shape[0]):
+            running[f] += weight * (factor * batch[f] - running[f])
+
+
+cdef void update_running(
+    const Running *running, double[:, ::1] s, const Block *b,
+) noexcept nogil:
+    if running != NULL:
+        average(
+            row_of(running.mean + b.start, b.size), row_of(&s[MEAN, 0], b.size),
+            running.weight, 1)
+        average(
+            row_of(running.var + b.start, b.size), row_of(&s[VAR, 0], b.size),
+            running.weight, running.correction)
 
 
 cdef void find_invstd(

@@ -13,7 +13,7 @@
 
 from libc.string cimport memcpy
 
-from bn_cy.kernels cimport MEAN, Activation, Resources, Shape
+from bn_cy.kernels cimport MEAN, Activation, Resources, Running, Shape
 
 cdef enum:
     # Values from those that are written to those that are fetched, at the least: eight bursts.
@@ -25,6 +25,7 @@ cdef struct Call:
     bint measure, write      # which of the passes are to be made
     int summed, written      # what they make: a Direction, a Written
     Signs signs              # of a residual with a ReLU
+    const Running *running   # forward: to be updated, or NULL
     void *dresidual          # backward: filled before the sums, and then the dout of all; or NULL
     int writing              # DIRECT, STREAMING or IN_PLACE
     int threads
@@ -65,6 +66,7 @@ cdef Call plan_call(
     share_blocks(&c, block_features(&c.sums, itemsize, c.cache, measure))
     share_cells(&c)
     c.signs, c.dresidual = plan_signs(signs, &c.writes, c.line_features), NULL
+    c.running = NULL
     return c
 
 
@@ -224,6 +226,7 @@ cdef void finish_forward_slice(
     if c.measure:
         merge_branches(sums, partials, c, &b)
         finish_moments(s, sums, x, &c.sums, &b, partials)  # which are free again
+        update_running(c.running, s, &b)
     find_invstd(s, gamma, beta, eps, &b)
 
 
