@@ -22,7 +22,15 @@ class Moments(NamedTuple):
     mean: _Row
     var: _Row
 
-class Cache: ...  # opaque
+class Cache:
+    @property
+    def count(self) -> float: ...
+    @property
+    def mean(self) -> _Row: ...
+    @property
+    def var(self) -> _Row: ...
+    @property
+    def empty(self) -> bool: ...
 
 def batchnorm_forward(
     x: ArrayLike,

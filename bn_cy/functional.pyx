@@ -80,14 +80,13 @@ cdef class Cache:
     """What a forward leaves for its backward: x by reference, and O(features) numbers; after a
     residual and a ReLU also the signs of y, a bit each.
 
-    Where x had to be copied, it is the copy that is kept. `count` is the number of values that each
-    statistic was made of: infinite for frozen ones, which do not depend on x.
+    Where x had to be copied, it is the copy that is kept.
     """
 
     cdef Batch batch
     cdef Block memory
     cdef double *statistics  # rows of one value a feature, as the kernels name them
-    cdef double count
+    cdef double values  # of a feature
     cdef bint scaled, shifted, relu, added
     cdef Block signs
 
@@ -117,6 +116,24 @@ cdef class Cache:
         memcpy(hold(&memory, "row", array).buf, self.row(name), features * sizeof(double))
         release(&memory)
         return array
+
+    @property
+    def mean(self):
+        """A copy of the means, float64."""
+        return self.row_array(MEAN)
+
+    @property
+    def var(self):
+        """A copy of the biased variances, float64."""
+        return self.row_array(VAR)
+
+    @property
+    def count(self):
+        """Values that each statistic was made of: infinite for frozen ones."""
+        return self.values if self.values == INFINITY else int(self.values)
+
+    def __reduce__(self):
+        raise TypeError("a Cache does not pickle: it refers to the batch that the backward needs")
 
     @property
     def empty(self):
@@ -186,10 +203,11 @@ def batchnorm_forward(
 
 
 def _training_forward(
-    x, running_mean, running_var, double momentum, bint unbiased, gamma, beta, eps, axis, out,
-    bint relu, residual
+    x, running_mean, running_var, double weight, bint unbiased, bint nonfinite, gamma, beta, eps,
+    axis, out, bint relu, residual
 ):
-    """`batchnorm_forward` that also updates running statistics, unless the batch is empty."""
+    """`batchnorm_forward` that also updates running statistics, unless the batch is empty or, if
+    `nonfinite` is false, has a variance that is not finite; and whether it did."""
     cdef Cache cache = measured_cache(x, axis)
     cdef Running running
     cdef Memory memory
@@ -197,14 +215,14 @@ def _training_forward(
     try:  # held before anything is written: a refused call changes nothing
         running.mean = cache.batch.running(&memory, "running_mean", running_mean)
         running.var = cache.batch.running(&memory, "running_var", running_var)
-        running.weight = momentum
-        running.correction = cache.count / (cache.count - 1) if unbiased else 1
+        running.weight, running.nonfinite, running.updated = weight, nonfinite, False
+        running.correction = cache.values / (cache.values - 1) if unbiased else 1
         if isinstance(out, np.ndarray):
             refuse_overlaps(out, hold(&memory, "out", out), &memory, 2, "the running statistics")
         y = run_forward(cache, x, gamma, beta, eps, out, relu, residual, True, &running, True)
     finally:
         release(&memory)
-    return y, cache
+    return y, cache, running.updated
 
 
 def frozen_forward(
@@ -489,7 +507,7 @@ def input_gradient(
     cdef Cache cache = frozen_cache(x, mean, var, axis)
     cdef Block memory = rows_of(cache.batch, 2)
     cdef double *sums = <double *>memory.start
-    cache.count = checked_count(count, cache.batch.size == 0)
+    cache.values = checked_count(count, cache.batch.size == 0)
     describe(cache, gamma, beta, eps, relu)
     cache.batch.row(sums, "sum_dout", sum_dout)
     cache.batch.row(sums + cache.batch.shape.features, "sum_dout_xhat", sum_dout_xhat)
@@ -501,7 +519,7 @@ def input_gradient(
 
 cdef run_forward(
     Cache cache, x, gamma, beta, eps, out, bint relu, residual, bint measure,
-    const Running *running, bint backward
+    Running *running, bint backward
 ):
     """Check what is left, allocate y, fill statistics and y; keep x if there may be a backward."""
     cdef Batch batch = cache.batch
@@ -567,7 +585,7 @@ cdef run_backward(
 
 cdef int launch_forward(
     Cache cache, void *y, const void *gamma, const void *beta, const void *residual, double eps,
-    bint measure, const Running *running
+    bint measure, Running *running
 ) except -1:
     cdef Batch batch = cache.batch
     cdef double *statistics = cache.statistics
@@ -596,7 +614,7 @@ def _stream_from(Py_ssize_t size):
 
 cdef int call_forward(
     Batch batch, double *statistics, void *y, const void *gamma, const void *beta, double eps,
-    bint measure, const Running *running, const Activation *then, const Resources *use
+    bint measure, Running *running, const Activation *then, const Resources *use
 ) noexcept nogil:
     return kernels[batch.double_precision].forward(
         y, statistics, batch.view.buf, gamma, beta, &batch.shape, eps, measure, running, then, use)
@@ -608,7 +626,7 @@ cdef int launch_backward(
 ) except -1:
     cdef Batch batch = cache.batch
     cdef double *statistics = cache.statistics
-    cdef double count = cache.count
+    cdef double count = cache.values
     cdef Activation then = cache.activation(dresidual)
     # A whole backward counts one more: x and dout, wanted twice, stay less well beside dx.
     cdef Resources use = resources_for(batch, 4 if measure and dx != NULL else 3)
@@ -676,16 +694,17 @@ cdef Cache measured_cache(x, axis):
     if batch.count == 1 and batch.size:
         raise ValueError(
             f"x must have two values per feature or more to have a variance, got one: "
-            f"shape {batch.array.shape}, axis {axis}"
+            f"shape {batch.array.shape}, axis {axis} (with given statistics, as in eval mode, one "
+            f"is enough)"
         )
-    cache.count = batch.count
+    cache.values = batch.count
     return cache
 
 
 cdef Cache frozen_cache(x, mean, var, axis):
     """Of statistics from outside."""
     cdef Cache cache = Cache(batch_of(x, axis))
-    cache.count = INFINITY
+    cache.values = INFINITY
     memset(cache.row(REST), 0, cache.batch.shape.features * sizeof(double))
     cache.batch.row(cache.row(MEAN), "mean", mean)
     cache.batch.row(cache.row(VAR), "var", var)

@@ -1,6 +1,7 @@
 """`BatchNorm`: batch normalization as a layer, with parameters, running statistics and modes."""
 
 import operator
+import threading
 
 import numpy as np
 
@@ -9,12 +10,36 @@ from bn_cy._layout import as_float_dtype, as_index, as_number, as_plain, as_real
 
 __all__ = ["BatchNorm"]
 
+POLICIES = ("raise", "skip", "update")  # for a batch with NaN or infinity
+PICKLE_VERSION = 1
+NAMED = 5  # features that an error names
 
-def _entry(store, name, doc, check):
-    """Return a property that reads and assigns an entry of one of the layer's dictionaries.
 
-    What is stored is what `check` returns for the name, the new value and the current one.
+class Arrays(dict):
+    """Arrays by name that keep their place: what is assigned is checked and copied into them.
+
+    So an optimizer may hold the arrays, or assign what it computes.
     """
+
+    def __setitem__(self, name, value):
+        """Copy a value into the array of this name."""
+        current = self[name]
+        if value is not current:  # as it is after `arrays[name] -= ...`
+            current[...] = fitted(name, value, current)
+
+    def update(self, *values, **more):
+        """Assign several."""
+        for name, value in dict(*values, **more).items():
+            self[name] = value
+
+    def _refuse(self, *_):
+        raise TypeError(f"the arrays {list(self)} keep their place: assign values to them")
+
+    __delitem__ = clear = pop = popitem = setdefault = __ior__ = _refuse
+
+
+def _entry(store, name, doc):
+    """Return a property that reads and assigns an entry of one of the layer's dictionaries."""
 
     def get(layer):
         return getattr(layer, store).get(name)
@@ -23,7 +48,7 @@ def _entry(store, name, doc, check):
         entries = getattr(layer, store)
         if name not in entries:
             raise AttributeError(f"this layer has no {name}")
-        entries[name] = check(name, value, entries[name])
+        entries[name] = value
 
     return property(get, assign, doc=doc)
 
@@ -38,15 +63,9 @@ def _checked(name, check, doc):
     )
 
 
-def as_is(name, value, current):
-    """Return the value."""
-    return value
-
-
-def copied(name, value, current):
-    """Copy a value into the layer's own array and return that: no array is shared."""
-    current[...] = fitted(name, value, current)
-    return current
+def _fixed(name, doc):
+    """Return a property that cannot be assigned: arrays were made by it."""
+    return property(operator.attrgetter(f"_{name}"), doc=doc)
 
 
 def fitted(name, value, current):
@@ -54,9 +73,42 @@ def fitted(name, value, current):
     array = np.require(as_real(name, value), current.dtype, ["C", "W", "A"])
     if array.shape != current.shape:
         raise ValueError(f"{name} must have shape {current.shape}, got {array.shape}")
+    if name.startswith("running_"):
+        check_finite(name, array)
     if name == "running_var":
         functional._check_variance(name, array)
     return array
+
+
+def check_finite(name, array):
+    """Refuse statistics that are NaN or infinite."""
+    wrong = np.flatnonzero(~np.isfinite(array))
+    if wrong.size:
+        raise ValueError(f"{name} must be finite, got {array[wrong[0]]} {_places(wrong)}")
+
+
+def _places(features):
+    """Name some features by their numbers."""
+    shown = ", ".join(map(str, features[:NAMED]))
+    more = ", ..." if len(features) > NAMED else ""
+    return f"at {len(features)} of the features: {shown}{more}"
+
+
+def checked_eps(eps):
+    """Return an eps as a float."""
+    return functional._checked_eps(eps)
+
+
+def checked_axis(axis):
+    """Return an axis as an integer."""
+    return as_index("axis", axis)
+
+
+def checked_policy(policy):
+    """Return what to do with a batch that is not finite."""
+    if policy not in POLICIES:
+        raise ValueError(f"on_nonfinite must be one of {', '.join(POLICIES)}, got {policy!r}")
+    return policy
 
 
 def checked_momentum(momentum):
@@ -72,8 +124,10 @@ def checked_momentum(momentum):
 def checked_tracked(value):
     """Return num_batches_tracked as an int."""
     array = as_real("num_batches_tracked", value)
-    if array.size != 1 or not array.item() >= 0 or array.item() % 1 != 0:
-        raise ValueError(f"num_batches_tracked must be one integer, 0 or more, got {value!r}")
+    if array.size != 1 or not 0 <= array.item() < 2**63 or array.item() % 1 != 0:
+        raise ValueError(
+            f"num_batches_tracked must be one integer, 0 or more and below 2^63, got {value!r}"
+        )
     return int(array.item())
 
 
@@ -105,6 +159,10 @@ class BatchNorm:
         float32 or float64: that of the parameters and their gradients. The input may be of either.
     relu : bool, optional
         Whether a ReLU follows, in the same pass over memory.
+    on_nonfinite : {"raise", "skip", "update"}, optional
+        What a training batch with NaN or infinity does, or one whose variance overflows. "raise":
+        a FloatingPointError, and the layer is unchanged. "skip": it is normalized, and leaves the
+        running statistics as they are. "update": it goes into them, as in PyTorch.
 
     Attributes
     ----------
@@ -120,6 +178,10 @@ class BatchNorm:
         Training batches seen.
     training : bool
         The mode.
+    frozen : bool
+        Whether the running statistics are used in training, too: see `freeze`.
+    cache : Cache or None
+        What the last forward left for its backward, until that has been.
 
     Raises
     ------
@@ -130,6 +192,10 @@ class BatchNorm:
     -----
     S. Ioffe and C. Szegedy, *Batch Normalization*, 2015. Pickles and copies leave out the
     cached batch.
+
+    Threads may share a layer: forwards in eval mode run side by side, those in training one after
+    the other, and each is counted. `cache` is then that of whichever came last: a thread that
+    wants a backward makes the forward by `batchnorm_forward`, or has a layer of its own.
 
     Examples
     --------
@@ -160,37 +226,50 @@ class BatchNorm:
         axis=1,
         dtype=np.float32,
         relu=False,
+        on_nonfinite="raise",
     ):
-        self.num_features = as_index("num_features", num_features)
-        if self.num_features < 1:
+        self._num_features = as_index("num_features", num_features)
+        if self._num_features < 1:
             raise ValueError(f"num_features must be at least 1, got {num_features}")
-        functional._checked_eps(eps)
+        self._dtype = as_float_dtype("dtype", dtype)
         self.eps = eps
         self.momentum = momentum
         self.unbiased = bool(unbiased)
-        self.axis = as_index("axis", axis)
-        self.dtype = as_float_dtype("dtype", dtype)
+        self.axis = axis
         self.relu = bool(relu)
+        self.on_nonfinite = on_nonfinite
         self.training = True
-        self.params = {}
-        if scale:
-            self.params["gamma"] = np.ones(self.num_features, self.dtype)
-        if shift:
-            self.params["beta"] = np.zeros(self.num_features, self.dtype)
-        self.grads = dict.fromkeys(self.params)
-        self._running = {}
-        if track_running_stats:
-            self._running["running_mean"] = np.zeros(self.num_features)
-            self._running["running_var"] = np.ones(self.num_features)
+        self._frozen = False
+        parameters = {"gamma": np.ones} if scale else {}
+        parameters |= {"beta": np.zeros} if shift else {}
+        self._params = Arrays(
+            {name: make(self._num_features, self._dtype) for name, make in parameters.items()}
+        )
+        self.grads = dict.fromkeys(self._params)
+        statistics = {"running_mean": np.zeros, "running_var": np.ones}
+        self._running = Arrays(
+            {name: make(self._num_features) for name, make in statistics.items()}
+            if track_running_stats
+            else {}
+        )
         self.num_batches_tracked = 0
-        self._cache = None
+        self._cache, self._cached_mode = None, True
+        self._lock = threading.Lock()
 
-    gamma = _entry("params", "gamma", "The scale, or None.", copied)
-    beta = _entry("params", "beta", "The shift, or None.", copied)
-    dgamma = _entry("grads", "gamma", "Gradient of the scale, or None.", as_is)
-    dbeta = _entry("grads", "beta", "Gradient of the shift, or None.", as_is)
-    running_mean = _entry("_running", "running_mean", "The running mean, or None.", copied)
-    running_var = _entry("_running", "running_var", "The running variance, or None.", copied)
+    params = _fixed("params", "The parameters by name; what is assigned is copied into them.")
+    num_features = _fixed("num_features", "Length of the feature axis.")
+    dtype = _fixed("dtype", "That of the parameters.")
+    frozen = _fixed("frozen", "Whether the running statistics are used in training, too.")
+    cache = _fixed("cache", "What the last forward left for its backward, until that has been.")
+    eps = _checked("eps", checked_eps, "Added to the variance.")
+    axis = _checked("axis", checked_axis, "The feature axis of the input.")
+    on_nonfinite = _checked("on_nonfinite", checked_policy, "What a batch with NaN does.")
+    gamma = _entry("params", "gamma", "The scale, or None.")
+    beta = _entry("params", "beta", "The shift, or None.")
+    dgamma = _entry("grads", "gamma", "Gradient of the scale, or None.")
+    dbeta = _entry("grads", "beta", "Gradient of the shift, or None.")
+    running_mean = _entry("_running", "running_mean", "The running mean, or None.")
+    running_var = _entry("_running", "running_var", "The running variance, or None.")
     momentum = _checked("momentum", checked_momentum, "Weight of the new batch, or None.")
     num_batches_tracked = _checked("num_batches_tracked", checked_tracked, "Batches seen.")
 
@@ -199,7 +278,7 @@ class BatchNorm:
         """Whether there are running statistics."""
         return bool(self._running)
 
-    def forward(self, x, *, out=None, residual=None):
+    def forward(self, x, *, out=None, residual=None, update=True):
         """Normalize a batch; in training, update the running statistics.
 
         Parameters
@@ -210,6 +289,9 @@ class BatchNorm:
             Where to write the result. It may not share memory with `x`; it may be `residual`.
         residual : array of x's shape and dtype, optional
             Added to the result, before the ReLU if there is one: a skip connection.
+        update : bool, optional
+            False: the batch's statistics are used and not counted, as where a step is computed
+            again.
 
         Returns
         -------
@@ -218,6 +300,8 @@ class BatchNorm:
 
         Raises
         ------
+        FloatingPointError
+            If a training batch has a variance that is not finite, and `on_nonfinite` is "raise".
         TypeError, ValueError
             As `batchnorm_forward`, and if the number of features does not fit. The layer is
             unchanged.
@@ -225,33 +309,23 @@ class BatchNorm:
         if type(x) is not np.ndarray:
             x = as_plain("x", x)
         self._check_features(x)
-        gamma, beta = self.params.get("gamma"), self.params.get("beta")
-        if not self._running:
-            y, cache = functional.batchnorm_forward(
-                x, gamma, beta, self.eps, axis=self.axis, out=out, relu=self.relu, residual=residual
-            )
-        elif self.training:
+        gamma, beta = self._params.get("gamma"), self._params.get("beta")
+        measured = not self._running or (self.training and not self._frozen)
+        if measured and update and self._running:
             y, cache = self._track(x, gamma, beta, out, residual)
         else:
-            mean, var = self._running["running_mean"], self._running["running_var"]
-            y, cache = functional.frozen_forward(
-                x,
-                mean,
-                var,
-                gamma,
-                beta,
-                self.eps,
-                axis=self.axis,
-                out=out,
-                relu=self.relu,
-                residual=residual,
-            )
-        self._cache = cache
+            given = {"axis": self._axis, "out": out, "relu": self.relu, "residual": residual}
+            if measured:
+                y, cache = functional.batchnorm_forward(x, gamma, beta, self._eps, **given)
+            else:
+                mean, var = self._running["running_mean"], self._running["running_var"]
+                y, cache = functional.frozen_forward(x, mean, var, gamma, beta, self._eps, **given)
+        self._cache, self._cached_mode = cache, self.training
         return y
 
     __call__ = forward
 
-    def backward(self, dout, *, out=None):
+    def backward(self, dout, *, out=None, cache=None):
         """Gradients of the last forward; those of the parameters go to `grads`.
 
         Parameters
@@ -260,6 +334,10 @@ class BatchNorm:
             The gradient with respect to the forward's result.
         out : array of x's shape and dtype, optional
             Where to write `dx`. It may be `dout` itself.
+        cache : Cache, optional
+            `layer.cache` as it was after the forward that is meant: for two forwards before their
+            backwards, or for a second backward. By default the last forward's, which serves one
+            backward and is let go by it.
 
         Returns
         -------
@@ -272,17 +350,21 @@ class BatchNorm:
         Raises
         ------
         RuntimeError
-            If there was no forward.
+            Without `cache`, if there was no forward since the last backward, or if the mode has
+            changed since.
         TypeError, ValueError
             As `batchnorm_backward`.
         """
-        if self._cache is None:
-            raise RuntimeError("backward needs a forward before it")
-        dx, dgamma, dbeta, *dresidual = functional.batchnorm_backward(dout, self._cache, out=out)
+        own = cache is None
+        if own:
+            cache = self._cache_for_backward()
+        dx, dgamma, dbeta, *dresidual = functional.batchnorm_backward(dout, cache, out=out)
         if dgamma is not None:
-            self.grads["gamma"] = dgamma.astype(self.dtype, copy=False)
+            self.grads["gamma"] = dgamma.astype(self._dtype, copy=False)
         if dbeta is not None:
-            self.grads["beta"] = dbeta.astype(self.dtype, copy=False)
+            self.grads["beta"] = dbeta.astype(self._dtype, copy=False)
+        if own:
+            self._cache = None
         return (dx, *dresidual) if dresidual else dx
 
     def train(self, mode=True):
@@ -305,6 +387,31 @@ class BatchNorm:
         """Switch to eval mode; return the layer itself."""
         return self.train(False)
 
+    def freeze(self):
+        """Use the running statistics in training, too, and leave them as they are.
+
+        `train` does not undo it; `unfreeze` does. gamma and beta still get gradients.
+
+        Returns
+        -------
+        BatchNorm
+            The layer itself.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has no running statistics.
+        """
+        if not self._running:
+            raise RuntimeError("this layer has no running statistics that could be frozen")
+        self._frozen = True
+        return self
+
+    def unfreeze(self):
+        """Undo `freeze`; return the layer itself."""
+        self._frozen = False
+        return self
+
     def reset_running_stats(self):
         """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
         self.num_batches_tracked = 0
@@ -322,86 +429,140 @@ class BatchNorm:
             as far as the layer has them.
         """
         state = {name: array.copy() for name, array in self._state_arrays().items()}
-        if self.track_running_stats:
+        if self._running:
             state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
         return state
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state, *, prefix=""):
         """Load what `state_dict` of this class or of ``torch.nn.BatchNorm*d`` gave: all or nothing.
 
         Parameters
         ----------
         state : mapping of str to array
-            With exactly the keys of this layer's own `state_dict`.
+            With the keys of this layer's own `state_dict`; ``num_batches_tracked`` may be absent,
+            and is then 0.
+        prefix : str, optional
+            What stands before the layer's keys in the state of a network, such as "layers.1.".
+            Keys that begin otherwise are not looked at.
 
         Raises
         ------
         KeyError
             If a key is missing or unknown.
         TypeError, ValueError
-            If a value has another shape, or is not of real numbers, if a variance is negative, or
-            if an array of the layer is read-only. The layer is unchanged.
+            If a value has another shape, or is not of real numbers, if a statistic is not finite
+            or a variance negative, or if an array of the layer is read-only. The layer is
+            unchanged.
         """
         arrays = self._state_arrays()
-        expected = [*arrays, "num_batches_tracked"] if self.track_running_stats else list(arrays)
-        if set(state) != set(expected):
-            raise KeyError(f"state must have the keys {expected}, got {list(state)}")
-        loaded = {name: fitted(name, state[name], array).copy() for name, array in arrays.items()}
+        own = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+        counter = {"num_batches_tracked"} if self._running else set()
+        missing, unexpected = arrays.keys() - own.keys(), own.keys() - arrays.keys() - counter
+        if missing or unexpected:
+            raise KeyError(
+                f"state must have the keys {[prefix + name for name in (*arrays, *counter)]}; "
+                f"missing: {sorted(missing) or 'none'}, unexpected: {sorted(unexpected) or 'none'}"
+            )
+        loaded = {name: fitted(name, own[name], array).copy() for name, array in arrays.items()}
         for name, array in arrays.items():
             if not array.flags.writeable:
                 raise ValueError(f"{name} cannot be loaded: the layer's array is read-only")
-        if self.track_running_stats:
-            self.num_batches_tracked = state["num_batches_tracked"]
+        if self._running:
+            self.num_batches_tracked = own.get("num_batches_tracked", 0)
         for name, array in arrays.items():
             array[...] = loaded[name]
 
     def __getstate__(self):
-        """Everything but the cached batch."""
-        return {**self.__dict__, "_cache": None}
+        """Everything but the cached batch and the lock."""
+        state = {**self.__dict__, "version": PICKLE_VERSION, "_cache": None}
+        del state["_lock"]
+        return state | {name: dict(state[name]) for name in ("_params", "_running")}
+
+    def __setstate__(self, state):
+        """Restore a layer; ValueError if a later version of bn_cy has written it."""
+        state = dict(state)
+        version = state.pop("version", None)
+        if version != PICKLE_VERSION:
+            raise ValueError(
+                f"this BatchNorm was pickled in version {version} of its format, "
+                f"and this bn_cy reads version {PICKLE_VERSION}"
+            )
+        arrays = {name: Arrays(state[name]) for name in ("_params", "_running")}
+        self.__dict__.update(state, **arrays, _lock=threading.Lock())
 
     def __repr__(self):
-        """As the call that makes such a layer."""
+        """As the expression that makes such a layer."""
+        mode = "" if self.training else ".eval()"
         return (
-            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"BatchNorm({self._num_features}, eps={self._eps}, momentum={self._momentum}, "
             f"scale={self.gamma is not None}, shift={self.beta is not None}, "
             f"track_running_stats={self.track_running_stats}, unbiased={self.unbiased}, "
-            f"axis={self.axis}, dtype={self.dtype}, relu={self.relu})"
+            f"axis={self._axis}, dtype={self._dtype.name!r}, relu={self.relu}, "
+            f"on_nonfinite={self._on_nonfinite!r}){'.freeze()' if self._frozen else ''}{mode}"
         )
 
     def _check_features(self, x):
         shape = x.shape
         try:
-            fits = len(shape) < 2 or shape[self.axis] == self.num_features
+            fits = len(shape) < 2 or shape[self._axis] == self._num_features
         except IndexError:
             return  # refused where the dimensions are known to be wrong, with their range
         if not fits:
+            hint = ""
+            if shape[-1] == self._num_features:
+                hint = "; for features along the last axis: axis=-1"
             raise ValueError(
-                f"x must have {self.num_features} features along axis {self.axis}, "
-                f"got shape {shape}"
+                f"x must have {self._num_features} features along axis {self._axis}, "
+                f"got shape {shape}{hint}"
             )
 
     def _track(self, x, gamma, beta, out, residual):
-        """Normalize by the batch's statistics and take them into the running ones."""
-        tracked = self._num_batches_tracked + 1
-        momentum = 1 / tracked if self._momentum is None else self._momentum
+        """Normalize by the batch's statistics and take them into the running ones.
+
+        One thread at a time: the count, the weight and the update belong together.
+        """
         mean, var = self._running["running_mean"], self._running["running_var"]
-        y, cache = functional._training_forward(
-            x,
-            mean,
-            var,
-            momentum,
-            self.unbiased,
-            gamma,
-            beta,
-            self.eps,
-            self.axis,
-            out,
-            self.relu,
-            residual,
-        )
-        if not cache.empty:
-            self._num_batches_tracked = tracked
+        with self._lock:
+            tracked = self._num_batches_tracked + 1
+            weight = 1 / tracked if self._momentum is None else self._momentum
+            y, cache, counted = functional._training_forward(
+                x,
+                mean,
+                var,
+                weight,
+                self.unbiased,
+                self._on_nonfinite == "update",
+                gamma,
+                beta,
+                self._eps,
+                self._axis,
+                out,
+                self.relu,
+                residual,
+            )
+            if counted:
+                self._num_batches_tracked = tracked
+        if not counted and not cache.empty and self._on_nonfinite == "raise":
+            wrong = np.flatnonzero(~np.isfinite(cache.var))
+            raise FloatingPointError(
+                f"x has NaN or infinity, or a variance that overflows, {_places(wrong)}; the layer "
+                'is unchanged (on_nonfinite="skip" normalizes such a batch and does not count it)'
+            )
         return y, cache
+
+    def _cache_for_backward(self):
+        if self._cache is None:
+            raise RuntimeError(
+                "backward needs a forward before it, and each forward serves one backward: for "
+                "more, keep layer.cache after the forward and pass it as cache="
+            )
+        if self._cached_mode != self.training:
+            raise RuntimeError(
+                f"the last forward was in {'training' if self._cached_mode else 'eval'} mode, and "
+                "the layer no longer is: if its gradient is meant, keep layer.cache after the "
+                "forward and pass it as cache="
+            )
+        return self._cache
 
     def _state_arrays(self):
         arrays = {

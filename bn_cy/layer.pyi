@@ -1,22 +1,19 @@
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from bn_cy.functional import _Batch, _Row
+from bn_cy.functional import Cache, _Batch, _Row
 
 __all__ = ["BatchNorm"]
 
+_Policy: TypeAlias = Literal["raise", "skip", "update"]
+
 class BatchNorm:
-    num_features: int
-    eps: float
     unbiased: bool
-    axis: int
-    dtype: np.dtype[Any]
     relu: bool
     training: bool
-    params: dict[str, _Batch]
     grads: dict[str, _Batch | None]
 
     def __init__(
@@ -32,7 +29,30 @@ class BatchNorm:
         axis: int = 1,
         dtype: DTypeLike = ...,
         relu: bool = False,
+        on_nonfinite: _Policy = "raise",
     ) -> None: ...
+    @property
+    def num_features(self) -> int: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def params(self) -> dict[str, _Batch]: ...
+    @property
+    def frozen(self) -> bool: ...
+    @property
+    def cache(self) -> Cache | None: ...
+    @property
+    def eps(self) -> float: ...
+    @eps.setter
+    def eps(self, value: float) -> None: ...
+    @property
+    def axis(self) -> int: ...
+    @axis.setter
+    def axis(self, value: int) -> None: ...
+    @property
+    def on_nonfinite(self) -> _Policy: ...
+    @on_nonfinite.setter
+    def on_nonfinite(self, value: _Policy) -> None: ...
     @property
     def gamma(self) -> _Batch | None: ...
     @gamma.setter
@@ -68,15 +88,29 @@ class BatchNorm:
     @property
     def track_running_stats(self) -> bool: ...
     def forward(
-        self, x: ArrayLike, *, out: _Batch | None = None, residual: ArrayLike | None = None
+        self,
+        x: ArrayLike,
+        *,
+        out: _Batch | None = None,
+        residual: ArrayLike | None = None,
+        update: bool = True,
     ) -> _Batch: ...
     def __call__(
-        self, x: ArrayLike, *, out: _Batch | None = None, residual: ArrayLike | None = None
+        self,
+        x: ArrayLike,
+        *,
+        out: _Batch | None = None,
+        residual: ArrayLike | None = None,
+        update: bool = True,
     ) -> _Batch: ...
     # dx; after a residual dx and dresidual
-    def backward(self, dout: ArrayLike, *, out: _Batch | None = None) -> Any: ...
+    def backward(
+        self, dout: ArrayLike, *, out: _Batch | None = None, cache: Cache | None = None
+    ) -> Any: ...
     def train(self, mode: bool = True) -> BatchNorm: ...
     def eval(self) -> BatchNorm: ...
+    def freeze(self) -> BatchNorm: ...
+    def unfreeze(self) -> BatchNorm: ...
     def reset_running_stats(self) -> None: ...
     def state_dict(self) -> dict[str, NDArray[Any]]: ...
-    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, ArrayLike], *, prefix: str = "") -> None: ...

@@ -3,13 +3,22 @@
 import copy
 import itertools
 import pickle
+import threading
+import weakref
 
 import exact
 import numpy as np
 import pytest
 from exact import COMBINATIONS, TOLERANCE, error
 
-from bn_cy import BatchNorm, batchnorm_backward, batchnorm_forward, functional, moments
+from bn_cy import (
+    BatchNorm,
+    batchnorm_backward,
+    batchnorm_forward,
+    functional,
+    moments,
+    set_num_threads,
+)
 
 DTYPES = [np.float32, np.float64]
 KEYS = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
@@ -261,9 +270,10 @@ def test_gradients_are_of_the_last_backward(rng):
     layer = BatchNorm(5)
     x, dout = batch(rng)
     layer(x)
-    first = layer.backward(dout), layer.dgamma.copy(), layer.dbeta.copy()
-    layer.backward(rng.standard_normal(x.shape).astype(np.float32))
-    second = layer.backward(dout), layer.dgamma, layer.dbeta
+    cache = layer.cache
+    first = layer.backward(dout, cache=cache), layer.dgamma.copy(), layer.dbeta.copy()
+    layer.backward(rng.standard_normal(x.shape).astype(np.float32), cache=cache)
+    second = layer.backward(dout, cache=cache), layer.dgamma, layer.dbeta
     for actual, expected in zip(second, first, strict=True):
         np.testing.assert_array_equal(actual, expected)
 
@@ -306,27 +316,202 @@ def test_gradients_by_finite_differences(rng, training):
         assert error(gradient, numeric, exact.norm(dout)) <= 1e-9
 
 
-def test_backward_belongs_to_the_mode_of_its_forward(rng):
+def test_a_cache_belongs_to_the_mode_of_its_forward(rng):
     layer = trained(rng)
     x, dout = batch(rng)
     layer(x)
+    cache = layer.cache
     dx = layer.backward(dout)
     layer.eval()
-    np.testing.assert_array_equal(layer.backward(dout), dx)
+    np.testing.assert_array_equal(layer.backward(dout, cache=cache), dx)
     layer(x)
+    frozen_cache = layer.cache
     frozen = layer.backward(dout)
     layer.train()
-    np.testing.assert_array_equal(layer.backward(dout), frozen)
+    np.testing.assert_array_equal(layer.backward(dout, cache=frozen_cache), frozen)
     assert not np.array_equal(frozen, dx)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_backward_in_another_mode_than_its_forward_is_refused(rng, training):
+    layer = trained(rng).train(training)
+    x, dout = batch(rng)
+    layer(x)
+    layer.train(not training)
+    mode = "training" if training else "eval"
+    with pytest.raises(RuntimeError, match=f"the last forward was in {mode} mode.*cache="):
+        layer.backward(dout)
+    assert layer.grads == {"gamma": None, "beta": None}
+    layer.train(training)
+    assert np.isfinite(layer.backward(dout)).all()
+
+
+def test_a_cache_serves_one_backward_and_is_let_go(rng):
+    layer = trained(rng)
+    x, dout = batch(rng)
+    layer(x)
+    alive = weakref.ref(x)
+    del x
+    layer.backward(dout)
+    assert layer.cache is None
+    assert alive() is None
+    with pytest.raises(RuntimeError, match=r"each forward serves one backward.*layer\.cache"):
+        layer.backward(dout)
+
+
+def test_two_forwards_and_then_two_backwards(rng):
+    layer, twin = trained(rng), trained(rng)
+    twin.load_state_dict(layer.state_dict())
+    (first, dout), (second, other) = batch(rng), batch(rng)
+    twin(first)
+    expected = [twin.backward(dout), twin.dgamma, twin.dbeta]
+    layer(first)
+    cache = layer.cache
+    layer(second)
+    layer.backward(other)
+    actual = [layer.backward(dout, cache=cache), layer.dgamma, layer.dbeta]
+    for one, of_twin in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(one, of_twin)
+
+
+def test_a_cache_has_the_statistics_of_the_batch(rng):
+    layer = trained(rng)
+    x, _ = batch(rng)
+    layer(x)
+    count, mean, var = moments(x)
+    assert layer.cache.count == count
+    np.testing.assert_array_equal(layer.cache.mean, mean)
+    np.testing.assert_array_equal(layer.cache.var, var)
+    layer.eval()(x)
+    assert layer.cache.count == np.inf
+    np.testing.assert_array_equal(layer.cache.mean, layer.running_mean)
+    with pytest.raises(TypeError, match="a Cache does not pickle: it refers to the batch"):
+        pickle.dumps(layer.cache)
 
 
 def test_frozen_backward_uses_the_statistics_of_its_forward(rng):
     layer = trained(rng).eval()
     x, dout = batch(rng)
     layer(x)
-    dx = layer.backward(dout)
+    cache = layer.cache
+    dx = layer.backward(dout, cache=cache)
     layer.reset_running_stats()
+    np.testing.assert_array_equal(layer.backward(dout, cache=cache), dx)
+
+
+# Freezing, and forwards that do not count
+
+
+def test_a_frozen_layer_trains_its_parameters_alone(rng):
+    layer, evaluated = trained(rng).freeze(), trained(rng).eval()
+    evaluated.load_state_dict(layer.state_dict())
+    before = snapshot(layer)
+    assert layer.frozen
+    x, dout = batch(rng)
+    for _ in range(2):
+        np.testing.assert_array_equal(layer.train()(x), evaluated(x))
+        np.testing.assert_array_equal(layer.backward(dout), evaluated.backward(dout))
+        np.testing.assert_array_equal(layer.dgamma, evaluated.dgamma)
+        np.testing.assert_array_equal(layer.dbeta, evaluated.dbeta)
+    after = snapshot(layer)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        np.testing.assert_array_equal(getattr(layer, name), getattr(evaluated, name))
+    assert len(before) == len(after)
+    assert copy.deepcopy(layer).frozen
+    assert pickle.loads(pickle.dumps(layer)).frozen
+    layer.unfreeze()(x)
+    assert layer.num_batches_tracked == evaluated.num_batches_tracked + 1
+
+
+def test_a_layer_without_running_statistics_is_not_frozen():
+    with pytest.raises(RuntimeError, match="no running statistics"):
+        BatchNorm(5, track_running_stats=False).freeze()
+
+
+def test_a_forward_that_does_not_update(rng):
+    layer = trained(rng)
+    x, dout = batch(rng)
+    before = layer.state_dict()
+    y = layer(x, update=False)
+    dx = layer.backward(dout)
+    assert_same_state(layer.state_dict(), before)
+    np.testing.assert_array_equal(layer(x), y)
     np.testing.assert_array_equal(layer.backward(dout), dx)
+    assert layer.num_batches_tracked == before["num_batches_tracked"] + 1
+
+
+# Batches that are not finite
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_batch_that_is_not_finite_is_refused_by_default(rng, value):
+    layer = trained(rng)
+    x, _ = batch(rng)
+    before, cache = snapshot(layer), layer.cache
+    x[3, [1, 4]] = value
+    with pytest.raises(FloatingPointError, match="at 2 of the features: 1, 4; the layer is unch"):
+        layer(x)
+    assert_same_state(snapshot(layer), before)
+    assert layer.cache is cache
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(64, 2000), (20000, 12), (4, 3, 50, 60), (2, 5000)])
+def test_no_feature_is_updated_where_one_is_not_finite(rng, shape, threads):
+    set_num_threads(threads)
+    try:
+        layer = BatchNorm(shape[1])
+        x = rng.standard_normal(shape, np.float32)
+        x[-1, -1] = np.nan
+        with pytest.raises(FloatingPointError, match=f"features: {shape[1] - 1};"):
+            layer(x)
+        assert not layer.running_mean.any()
+        layer.on_nonfinite = "skip"
+        y = layer(x)
+        assert np.isnan(y[:, -1]).all()
+        assert np.isfinite(y[:, :-1]).all()
+        assert not layer.running_mean.any()
+        assert layer.num_batches_tracked == 0
+        layer.on_nonfinite = "update"
+        layer(x)
+        assert np.isnan(layer.running_mean[-1])
+        assert np.all(layer.running_mean[:-1] != 0)
+        assert layer.num_batches_tracked == 1
+    finally:
+        set_num_threads(None)
+
+
+def test_a_double_whose_variance_overflows_is_not_finite(rng):
+    layer = BatchNorm(2, dtype=np.float64)
+    x = rng.standard_normal((9, 2))
+    x[:, 1] *= 1e200
+    with pytest.raises(FloatingPointError, match="or a variance that overflows, at 1 of the feat"):
+        layer(x)
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ValueError, match="on_nonfinite must be one of raise, skip, update"):
+        BatchNorm(3, on_nonfinite="ignore")
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_threads_that_train_one_layer_lose_no_batch(rng, momentum):
+    layer = BatchNorm(700, momentum=momentum)
+    batches = [k + rng.standard_normal((40, 700), np.float32) for k in range(4)]
+
+    def train(x):
+        for _ in range(25):
+            layer(x)
+
+    workers = [threading.Thread(target=train, args=(x,)) for x in batches]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert layer.num_batches_tracked == 100
+    if momentum is None:
+        expected = np.mean([moments(x).mean for x in batches], axis=0)
+        np.testing.assert_allclose(layer.running_mean, expected, rtol=1e-12)
 
 
 def test_eval_of_one_row_and_of_none(rng):
@@ -394,7 +579,7 @@ def test_out_may_not_share_memory_with_the_layer(rng, name):
     layer = BatchNorm(6, dtype=np.float64)
     out = np.ones((4, 6))
     arrays = layer.params if name == "gamma" else layer._running
-    arrays[name] = out[2]
+    dict.__setitem__(arrays, name, out[2])
     with pytest.raises(ValueError, match="out may not share memory with"):
         layer(rng.standard_normal((4, 6)), out=out)
     assert np.all(out == 1)
@@ -422,7 +607,7 @@ def test_a_batch_with_all_the_weight_keeps_its_digits(rng, momentum):
 
 
 def test_a_batch_with_all_the_weight_forgets_a_nan(rng):
-    layer = BatchNorm(5, momentum=1.0)
+    layer = BatchNorm(5, momentum=1.0, on_nonfinite="update")
     layer(np.full((8, 5), np.nan, np.float32))
     x = rng.standard_normal((8, 5), np.float32)
     layer(x)
@@ -431,7 +616,7 @@ def test_a_batch_with_all_the_weight_forgets_a_nan(rng):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
 def test_a_batch_without_weight_leaves_the_statistics_alone(rng, value):
-    layer = BatchNorm(5, momentum=0.0)
+    layer = BatchNorm(5, momentum=0.0, on_nonfinite="update")
     x = rng.standard_normal((8, 5), np.float32)
     x[0] = value
     layer(x)
@@ -552,12 +737,63 @@ def test_unfit_arrays_are_not_assigned(rng, name, value):
 def test_negative_variances_are_refused(rng):
     layer = trained(rng)
     before = snapshot(layer)
-    negative = np.array([1, np.nan, 1, -2, 1])
+    negative = np.array([1, 0, 1, -2, 1])
     with pytest.raises(ValueError, match=r"running_var .*negative.*-2.* 3"):
         layer.running_var = negative
     with pytest.raises(ValueError, match=r"running_var .*negative.*-2.* 3"):
         layer.load_state_dict({**layer.state_dict(), "running_var": negative})
     assert_same_state(snapshot(layer), before)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_statistics_that_are_not_finite_are_refused(rng, name, value):
+    layer = trained(rng)
+    before = snapshot(layer)
+    statistics = np.ones(5)
+    statistics[3] = value
+    with pytest.raises(ValueError, match=f"{name} must be finite, got {value} at 1 of.*: 3"):
+        setattr(layer, name, statistics)
+    with pytest.raises(ValueError, match=f"{name} must be finite"):
+        layer.load_state_dict({**layer.state_dict(), name: statistics})
+    assert_same_state(snapshot(layer), before)
+
+
+def test_arrays_of_the_layer_keep_their_place(rng):
+    layer = trained(rng)
+    gamma, held = layer.gamma, layer.params
+    layer.params["gamma"] = np.arange(5.0)
+    layer.params["gamma"] -= 1
+    layer.params.update(beta=np.full(5, 3))
+    assert layer.params is held
+    assert layer.gamma is gamma is held["gamma"]
+    assert gamma.tolist() == [-1, 0, 1, 2, 3]
+    assert layer.beta.tolist() == [3] * 5
+    with pytest.raises(ValueError, match=r"gamma must have shape \(5,\)"):
+        layer.params["gamma"] = np.ones(6)
+    with pytest.raises(KeyError):
+        layer.params["delta"] = np.ones(5)
+    for change in (held.clear, held.popitem, lambda: held.pop("gamma")):
+        with pytest.raises(TypeError, match="keep their place"):
+            change()
+
+
+@pytest.mark.parametrize("name", ["num_features", "dtype", "params", "frozen", "cache"])
+def test_what_the_layer_was_made_by_is_not_assigned(name):
+    layer = BatchNorm(5)
+    with pytest.raises(AttributeError):
+        setattr(layer, name, getattr(layer, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("eps", -1.0), ("eps", "a"), ("axis", 1.5), ("on_nonfinite", None)]
+)
+def test_attributes_are_checked_where_they_are_assigned(name, value):
+    layer = BatchNorm(5)
+    before = getattr(layer, name)
+    with pytest.raises((TypeError, ValueError), match=name):
+        setattr(layer, name, value)
+    assert getattr(layer, name) == before
 
 
 @pytest.mark.parametrize("name", ["gamma", "beta", "running_mean", "running_var"])
@@ -593,17 +829,17 @@ def test_gradients_may_be_cleared(rng):
 
 
 def test_a_forward_that_cannot_update_changes_nothing(rng):
-    x, dout = batch(rng)
+    x, _ = batch(rng)
     for name in ("running_mean", "running_var"):
         layer = trained(rng)
         layer(x)
-        dx, before, out = layer.backward(dout), snapshot(layer), np.zeros_like(x)
+        cache, before, out = layer.cache, snapshot(layer), np.zeros_like(x)
         getattr(layer, name).flags.writeable = False
         with pytest.raises(ValueError, match=name):
             layer.forward(x + 1, out=out)
         assert np.all(out == 0)
         assert_same_state(snapshot(layer), before)
-        np.testing.assert_array_equal(layer.backward(dout), dx)
+        assert layer.cache is cache
 
 
 @pytest.mark.parametrize("unfit", [None, np.zeros(4), np.zeros(5, np.float32), np.zeros(10)[::2]])
@@ -611,7 +847,9 @@ def test_running_statistics_are_checked_where_they_are_written(rng, unfit):
     x, _ = batch(rng)
     for statistics in ((unfit, np.ones(5)), (np.zeros(5), unfit)):
         with pytest.raises((TypeError, ValueError)):
-            functional._training_forward(x, *statistics, 0.1, True, None, None, 1e-5, 1, None)
+            functional._training_forward(
+                x, *statistics, 0.1, True, True, None, None, 1e-5, 1, None, False, None
+            )
 
 
 @pytest.mark.parametrize(
@@ -625,16 +863,15 @@ def test_running_statistics_are_checked_where_they_are_written(rng, unfit):
 )
 def test_a_refused_forward_changes_nothing(rng, shape, dtype, words):
     layer = trained(rng)
-    x, dout = batch(rng)
+    x, _ = batch(rng)
     layer(x)
-    dx = layer.backward(dout)
-    before = snapshot(layer)
+    before, cache = snapshot(layer), layer.cache
     with pytest.raises((TypeError, ValueError)) as caught:
         layer(np.ones(shape, dtype))
     for word in words:
         assert word in str(caught.value)
     assert_same_state(snapshot(layer), before)
-    np.testing.assert_array_equal(layer.backward(dout), dx)
+    assert layer.cache is cache
 
 
 def test_a_forward_with_an_unfit_output_changes_nothing(rng):
@@ -651,13 +888,12 @@ def test_a_refused_backward_changes_nothing(rng):
     layer = trained(rng)
     x, dout = batch(rng)
     layer(x)
-    dx = layer.backward(dout)
-    before = snapshot(layer)
+    before, cache = snapshot(layer), layer.cache
     for unfit in (dout.T, dout[:-1], dout.astype(np.float64)):
         with pytest.raises((TypeError, ValueError), match="dout"):
             layer.backward(unfit)
     assert_same_state(snapshot(layer), before)
-    np.testing.assert_array_equal(layer.backward(dout), dx)
+    assert layer.cache is cache
 
 
 # State
@@ -723,8 +959,55 @@ def test_training_goes_on_after_loading(rng):
     assert_same_state(other.state_dict(), layer.state_dict())
 
 
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("fault", ["missing", "shape", "complex", "text"])
+def test_a_state_without_a_counter_and_a_state_of_a_network(rng):
+    layer, other = trained(rng), trained(rng)
+    state = other.state_dict()
+    network = {f"layers.1.{key}": value for key, value in state.items()}
+    network["layers.10.weight"] = network["head.bias"] = np.ones(7)
+    layer.load_state_dict(network, prefix="layers.1.")
+    assert_same_state(layer.state_dict(), state)
+    del state["num_batches_tracked"]
+    layer.load_state_dict(state)
+    assert layer.num_batches_tracked == 0
+    with pytest.raises(KeyError, match=r"missing: \['bias', 'running_mean'.*unexpected: none"):
+        layer.load_state_dict({"layers.1.weight": np.ones(5)}, prefix="layers.1.")
+    with pytest.raises(KeyError, match=r"missing: \['weight'\], unexpected: \['wieght'\]"):
+        layer.load_state_dict({**{k: v for k, v in state.items() if k != "weight"}, "wieght": 1})
+
+
+def test_a_pickle_of_a_later_version_is_refused(rng):
+    layer = trained(rng)
+    state = layer.__getstate__()
+    with pytest.raises(ValueError, match="pickled in version 2 of its format"):
+        BatchNorm(5).__setstate__({**state, "version": 2})
+
+
+@pytest.mark.parametrize("change", ["eval", "freeze", "train"])
+def test_repr_is_the_expression_of_such_a_layer(change):
+    layer = BatchNorm(5, eps=1e-3, momentum=None, shift=False, axis=-1, dtype="f8", relu=True)
+    getattr(layer, change)()
+    again = eval(repr(layer), {"BatchNorm": BatchNorm})
+    assert repr(again) == repr(layer)
+    assert (again.training, again.frozen) == (layer.training, layer.frozen)
+    assert repr(layer).endswith({"eval": ".eval()", "freeze": ".freeze()", "train": ")"}[change])
+
+
+def test_a_batch_of_channels_last_is_hinted_at(rng):
+    with pytest.raises(ValueError, match=r"features along axis 1.*last axis: axis=-1"):
+        BatchNorm(5)(np.ones((7, 3, 5), np.float32))
+    with pytest.raises(ValueError, match=r"two values per feature or more.*eval mode, one is eno"):
+        BatchNorm(5)(np.ones((1, 5), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("key", "fault"),
+    [
+        (key, fault)
+        for key in KEYS
+        for fault in ("missing", "shape", "complex", "text")
+        if (key, fault) != ("num_batches_tracked", "missing")  # then it is 0
+    ],
+)
 def test_loading_is_all_or_nothing(rng, key, fault):
     layer = trained(rng)
     before = snapshot(layer)
@@ -746,7 +1029,7 @@ def test_loaded_count_may_be_any_one_integer(rng, count):
     assert type(layer.num_batches_tracked) is int
 
 
-@pytest.mark.parametrize("count", [-1, 0.5, np.inf, np.nan, [3, 4]])
+@pytest.mark.parametrize("count", [-1, 0.5, 2**63, np.inf, np.nan, [3, 4]])
 def test_loaded_count_must_be_one_integer(rng, count):
     layer = trained(rng)
     before = snapshot(layer)

@@ -31,6 +31,8 @@ cdef struct Running:
     double *var        # of which the batch has correction*var: n/(n - 1), or 1
     double weight      # 1 gives the batch's own to the last digit, 0 leaves the running ones
     double correction
+    bint nonfinite     # whether a batch counts whose variance is not finite
+    bint updated       # the answer: all features are, or none
 
 
 cdef struct Resources:  # what a call may use; has no say in the bits of any result
@@ -53,7 +55,7 @@ cdef struct Activation:
 # NULL. y may be x, or the residual. gamma and beta may be NULL.
 ctypedef int (*Forward)(
     void *y, double *statistics, const void *x, const void *gamma, const void *beta,
-    const Shape *shape, double eps, bint measure, const Running *running,
+    const Shape *shape, double eps, bint measure, Running *running,
     const Activation *then, const Resources *use) noexcept nogil
 
 # With `measure`, finds the sums of dout, and of dout*xhat in a second row, and dgamma and dbeta

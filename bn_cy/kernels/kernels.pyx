@@ -45,19 +45,33 @@ cdef int forward(
             if c.measure:
                 for i in prange(c.slices, schedule="static"):
                     sample_slice(statistics, x, c, i)
+                wait_for_all()
                 for i in prange(c.branches, schedule="static"):
                     sum_branch(partials, i * c.levels, statistics, x, x, c, i * cells, cells)
+                wait_for_all()
             for i in prange(c.slices, schedule="static"):
                 finish_forward_slice(statistics, x, gamma, beta, eps, partials, c, i)
+            wait_for_all()
+            if c.running != NULL:
+                for i in prange(c.slices, schedule="static"):
+                    update_slice(statistics, c, i)
             if c.write:
                 for i in prange(c.threads, schedule="static"):
                     write_cells_of(i, y, x, residual, statistics, statistics, 0, c)
     elif c.threads == 1:  # no parallel region: one of a single thread would do, but it costs
         for i in range(c.blocks):
             forward_block(y, statistics, x, residual, gamma, beta, eps, partials, c, i)
+        if c.running != NULL:
+            for i in range(c.blocks):
+                update_block(statistics, c, i)
     else:
-        for i in prange(c.blocks, num_threads=c.threads, schedule="static"):
-            forward_block(y, statistics, x, residual, gamma, beta, eps, partials, c, i)
+        with parallel(num_threads=c.threads):
+            for i in prange(c.blocks, schedule="static"):
+                forward_block(y, statistics, x, residual, gamma, beta, eps, partials, c, i)
+            if c.running != NULL:
+                wait_for_all()
+                for i in prange(c.blocks, schedule="static"):
+                    update_block(statistics, c, i)
     return 0
 
 
@@ -71,7 +85,7 @@ cdef void forward_block(
     cdef double[:, ::1] s = of_features(statistics, &b)
     if c.measure:
         moments_of_block(s, x, &c.sums, &b, partials)
-        update_running(c.running, s, &b)
+        judge_batch(s, c)
     find_invstd(s, gamma, beta, eps, &b)
     if c.write:
         write_block(y, x, residual, statistics, statistics, 0, c, i, 0, c.writes.cells)
@@ -95,9 +109,11 @@ cdef int backward(
             if c.measure:
                 for i in prange(c.branches, schedule="static"):
                     sum_branch(partials, i * c.levels, statistics, x, dout, c, i * cells, cells)
+                wait_for_all()
                 for i in prange(c.slices, schedule="static"):
                     finish_backward_slice(
                         dgamma, dbeta, sums, statistics, opened, x, partials, c, i)
+                wait_for_all()
             if c.write:
                 for i in prange(c.threads, schedule="static"):
                     write_cells_of(i, dx, x, opened, statistics, sums, count, c)
@@ -157,21 +173,22 @@ cdef int take_partials(double **memory, Shape *shape, const Call *c) noexcept no
 
 cdef int enter_forward(
     floating *y, double *statistics, const floating *x, const floating *gamma, const floating *beta,
-    const Shape *shape, double eps, bint measure, const Running *running, const Activation *then,
+    const Shape *shape, double eps, bint measure, Running *running, const Activation *then,
     const Resources *use,
 ) noexcept nogil:
     cdef Call c
     cdef double *partials
     cdef Shape of_partials
     cdef const floating *residual = <const floating *>then.residual
+    cdef int unwelcome = 0
     if is_empty(shape):
         return 0
     c = plan_call(
         shape, sizeof(floating), measure, y != NULL, y == x or y == residual,
         FORWARDS, written_forward(then), then.signs, use)
-    c.running = running
     if take_partials(&partials, &of_partials, &c):
         return -1
+    c.running, c.unwelcome = running, &unwelcome
     forward(
         array_of(y, shape), rows_of(statistics, STATISTICS, shape.features, shape.features),
         array_of(x, shape), array_of(x if residual == NULL else residual, shape),
@@ -179,6 +196,8 @@ cdef int enter_forward(
         array_of(partials, &of_partials), &c)
     free(partials)
     clear_vectors()
+    if running != NULL:
+        running.updated = not unwelcome
     return 0
 
 

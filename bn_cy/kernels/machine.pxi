@@ -162,6 +162,24 @@ cdef extern from *:
     #endif
     }
 
+    /* All threads of a parallel region arrive before one goes on. (Cython's loops end without.) */
+    #if !defined(_OPENMP)
+    #define bn_wait_for_all() ((void)0)
+    #elif defined(_MSC_VER) && !defined(__clang__)
+    #define bn_wait_for_all() __pragma(omp barrier)
+    #else
+    #define bn_wait_for_all() _Pragma("omp barrier")
+    #endif
+
+    /* A flag that any thread may raise. */
+    static inline void bn_raise_flag(int *flag) {
+    #if defined(__GNUC__)
+        __atomic_store_n(flag, 1, __ATOMIC_RELAXED);
+    #else
+        *(volatile int *)flag = 1;
+    #endif
+    }
+
     static inline void bn_stream_end(void) {
     #if BN_STREAMS
         _mm_sfence();
@@ -185,6 +203,8 @@ cdef extern from *:
         const void *start, Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner,
         Py_ssize_t size) noexcept nogil
     void stream "bn_stream"(void *target, const void *source, size_t size) noexcept nogil
+    void wait_for_all "bn_wait_for_all"() noexcept nogil
+    void raise_flag "bn_raise_flag"(int *flag) noexcept nogil
     void end_streaming "bn_stream_end"() noexcept nogil
     void clear_vectors "bn_clear_vectors"() noexcept nogil
     void fetch "bn_fetch"(const void *source, size_t size) noexcept nogil

@@ -197,16 +197,12 @@ cdef void average(
             running[f] += weight * (factor * batch[f] - running[f])
 
 
-cdef void update_running(
-    const Running *running, double[:, ::1] s, const Block *b,
-) noexcept nogil:
-    if running != NULL:
-        average(
-            row_of(running.mean + b.start, b.size), row_of(&s[MEAN, 0], b.size),
-            running.weight, 1)
-        average(
-            row_of(running.var + b.start, b.size), row_of(&s[VAR, 0], b.size),
-            running.weight, running.correction)
+cdef inline bint are_finite(const double[::1] values) noexcept nogil:
+    cdef Py_ssize_t f
+    cdef long long found = 0  # and `not <=`: as in `find_moments`
+    for f in range(values.shape[0]):
+        found |= not (fabs(values[f]) <= LARGEST)
+    return found == 0
 
 
 cdef void find_invstd(

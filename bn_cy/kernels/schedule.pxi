@@ -13,7 +13,7 @@
 
 from libc.string cimport memcpy
 
-from bn_cy.kernels cimport MEAN, Activation, Resources, Running, Shape
+from bn_cy.kernels cimport MEAN, VAR, Activation, Resources, Running, Shape
 
 cdef enum:
     # Values from those that are written to those that are fetched, at the least: eight bursts.
@@ -26,6 +26,7 @@ cdef struct Call:
     int summed, written      # what they make: a Direction, a Written
     Signs signs              # of a residual with a ReLU
     const Running *running   # forward: to be updated, or NULL
+    int *unwelcome           # and whether it is not, as a variance is not finite
     void *dresidual          # backward: filled before the sums, and then the dout of all; or NULL
     int writing              # DIRECT, STREAMING or IN_PLACE
     int threads
@@ -215,6 +216,36 @@ cdef void merge_branches(
     memcpy(&total[SECOND, 0], &root[SECOND, 0], b.size * sizeof(double))
 
 
+cdef inline void judge_batch(double[:, ::1] s, const Call *c) noexcept nogil:
+    """Whether it is to count in the running statistics: a NaN of any kind makes a variance NaN."""
+    if c.running != NULL and not c.running.nonfinite and not are_finite(
+            row_of(&s[VAR, 0], s.shape[1])):
+        raise_flag(c.unwelcome)
+
+
+cdef void update_running(double[:, ::1] statistics, const Call *c, const Block *b) noexcept nogil:
+    """Of a block, once all threads have judged: all features or none."""
+    cdef double[:, ::1] s = of_features(statistics, b)
+    if c.unwelcome[0]:
+        return
+    average(
+        row_of(c.running.mean + b.start, b.size), row_of(&s[MEAN, 0], b.size),
+        c.running.weight, 1)
+    average(
+        row_of(c.running.var + b.start, b.size), row_of(&s[VAR, 0], b.size),
+        c.running.weight, c.running.correction)
+
+
+cdef void update_block(double[:, ::1] statistics, const Call *c, Py_ssize_t i) noexcept nogil:
+    cdef Block b = block_of(&c.sums, c, i)
+    update_running(statistics, c, &b)
+
+
+cdef void update_slice(double[:, ::1] statistics, const Call *c, Py_ssize_t i) noexcept nogil:
+    cdef Block b = slice_of(c, i)
+    update_running(statistics, c, &b)
+
+
 cdef void finish_forward_slice(
     double[:, ::1] statistics, const floating[:, :, ::1] x, const floating[::1] gamma,
     const floating[::1] beta, double eps, double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
@@ -226,7 +257,7 @@ cdef void finish_forward_slice(
     if c.measure:
         merge_branches(sums, partials, c, &b)
         finish_moments(s, sums, x, &c.sums, &b, partials)  # which are free again
-        update_running(c.running, s, &b)
+        judge_batch(s, c)
     find_invstd(s, gamma, beta, eps, &b)
 
 
