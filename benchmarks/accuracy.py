@@ -3,9 +3,9 @@
     python benchmarks/accuracy.py [--plot FILE.png] [--table FILE.md] [--seed N]
 
 For bn_cy and what it is held against: PyTorch's native_batch_norm; JAX, jitted, with jnp.var and
-with E[x^2] - E[x]^2, Flax's default; and the formula step by step in NumPy. All get the same
-float32 data and one thread. Errors are relative L2 errors of y and of dgamma against 80-bit
-arithmetic on those data. What is not installed is named and left out.
+with E[x^2] - E[x]^2, Flax's default; the formula step by step in NumPy; and RepDL's way of summing.
+All get the same float32 data and one thread. Errors are relative L2 errors of y and of dgamma
+against 80-bit arithmetic on those data. What is not installed is named and left out.
 """
 
 import argparse
@@ -44,6 +44,35 @@ class JaxVar(Jax):
         return [np.asarray(array) for array in (verbs["forward"](), *verbs["backward"]())]
 
 
+class SerialChain:
+    """RepDL's way to the same bits everywhere: a sum is one chain of float32 additions.
+
+    P. Xie, X. Zhang and S. Chen, *RepDL: Bit-level Reproducible Deep Learning Training and
+    Inference*, 2025, arXiv:2510.09180. Its promise is the nearest to bn_cy's.
+    """
+
+    def __init__(self, threads):
+        pass
+
+    def bind(self, p):
+        return {"results": lambda: self._results(p)}
+
+    def results(self, verbs):
+        return verbs["results"]()
+
+    def _results(self, p):
+        nth = np.float32(1 / len(p.x))
+        from_mean = p.x - chain(p.x) * nth
+        std = np.sqrt(chain(from_mean * from_mean) * nth + np.float32(p.eps))
+        xhat = from_mean / std
+        return p.gamma * xhat + p.beta, None, chain(xhat * p.dout)
+
+
+def chain(values):
+    """Add up the rows one after the other, rounding each sum to the data's type."""
+    return np.add.accumulate(values, axis=0)[-1]
+
+
 class Library(NamedTuple):
     """What is measured, and how its lines look."""
 
@@ -55,13 +84,14 @@ def look(colour, marker, width=1.4, **more):
     return {"color": colour, "marker": marker, "linewidth": width, "markersize": 4, **more}
 
 
-# PyTorch and NumPy add up in the same order and lie on each other: one is drawn wide.
+# PyTorch, NumPy and RepDL add up in the same order and lie on each other: one is drawn wide.
 LIBRARIES = {
     "bn_cy": Library(BnCy, look("black", "o", 2.2)),
     "PyTorch": Library(Torch, look("#f2a3a3", "s", 5, markersize=9)),
     "JAX, jnp.var": Library(JaxVar, look("#3f9b3a", "^")),
     "JAX, Flax's variance": Library(Jax, look("#b08d00", "v")),
     "NumPy formula": Library(NumPy, look("#2f5f9e", "D")),
+    "RepDL's chain": Library(SerialChain, look("#8e4fa8", "x", 0.8)),
 }
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import cases
 import checks
+import fused
 import machine
 import measure
 import report
 import train
-from peers import OURS, PEERS
+from peers import LAYER, OURS, PEERS
 from plot import plot
 from tqdm import tqdm
 from worker import Absent, WrongResult
@@ -29,7 +30,11 @@ STREAMING_CASES = [cases.Case("rows", (256 * 4**k, 1024)) for k in range(5)]  # 
 def main(arguments=None):
     options = parse(arguments)
     if options.table:
-        print(report.markdown(load_results(options.table)))
+        results = load_results(options.table)
+        if results["cases"]:
+            print(report.markdown(results))
+        if results["fused"]:
+            print(fused.markdown(results["fused"]))
         return
     results = start_results(arguments, options)
     try:
@@ -66,6 +71,9 @@ def parse(arguments):
         help="comma-separated counts (default: one per CPU)",
     )
     parser.add_argument("--quick", action="store_true", help="shorter and fewer rounds")
+    parser.add_argument(
+        "--fused", action="store_true", help="time the cases with a ReLU and a residual instead"
+    )
     parser.add_argument("--train", action="store_true", help="time a training step")
     parser.add_argument(
         "--checks", action="store_true", help="call overhead, scaling, memory and the like"
@@ -119,7 +127,8 @@ def _output(text):
 def load_results(path):
     try:
         results = json.loads(path.read_text())
-        if results["cases"]:
+        results = {"fused": [], **results}
+        if results["cases"] or results["fused"]:
             return results
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"bench.py: cannot read results from {path}: {error}")
@@ -137,6 +146,7 @@ def start_results(arguments, options):
         "absent": {},
         "streaming": [],
         "cases": [],
+        "fused": [],
         "train": [],
         "checks": [],
     }
@@ -145,7 +155,8 @@ def start_results(arguments, options):
 def run(options, results):
     """Fill `results`, printing every case as it is done."""
     plan = measure.QUICK if options.quick else measure.Plan()
-    steps = len(options.threads) * (len(options.cases) + len(train.CASES) * options.train)
+    of_cases = len(options.cases) * (len(cases.FOLLOWED) if options.fused else 1)
+    steps = len(options.threads) * (of_cases + len(train.CASES) * options.train)
     if options.checks:
         checked = checks.planned(max(options.threads), options.quick)
         steps += sum(len(group) for group in checked.values())
@@ -157,7 +168,12 @@ def run(options, results):
 
         bar.write(report.describe_run(results))
         for threads in options.threads if options.cases else ():
-            run_cases(options, results, threads, plan, bar, progress)
+            if options.fused:
+                results["fused"] += fused.run(
+                    options.cases, options.peers, threads, plan, options.seed, progress, bar.write
+                )
+            else:
+                run_cases(options, results, threads, plan, bar, progress)
         for threads in options.threads if options.train else ():
             results["train"] += train.run(threads, plan, options.seed, progress)
         if options.checks:
@@ -167,7 +183,7 @@ def run(options, results):
 
 
 def run_cases(options, results, threads, plan, bar, progress):
-    names = [*OURS, *options.peers, "streaming"]
+    names = [*OURS, LAYER, *options.peers, "streaming"]
     with measure.workers(names, threads) as (libraries, absent):
         if "bn_cy" in absent:
             raise Absent(absent["bn_cy"])
@@ -203,6 +219,8 @@ def finish(options, results):
     """Print the summary and write the files asked for."""
     if results["cases"]:
         print("\n" + report.describe_summary(results["cases"]))
+    if results["fused"]:
+        print("\n" + fused.describe(results["fused"]))
     if results["train"]:
         print(train.describe(results["train"]))
     if results["checks"]:

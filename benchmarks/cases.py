@@ -1,5 +1,6 @@
 """The cases of the benchmark, once, and the memory traffic that a case cannot avoid."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ GROUPS = {"mlp": ("rows",), "cnn": ("nchw", "nhwc"), "axis0": ("axis0",)}
 CACHE_LINE = 64
 ARRAYS = {"forward": 1, "backward": 2}  # that a verb reads
 STREAMED = {"forward": ("read", "copy"), "backward": ("read two", "add")}  # see streaming.py
+FOLLOWED = ("relu", "add+relu")  # what may follow the batch norm, by name
 LARGE = 32_000_000  # bytes; arrays from here on are held against the streaming limit
 
 
@@ -17,16 +19,28 @@ class Case:
     """One array shape, with its features along `axis`.
 
     layout: "rows" (examples, features), "axis0" (features, examples), "nchw" or "nhwc".
+    after: what follows the batch norm, of FOLLOWED; none for the bare one.
     """
 
     layout: str
     shape: tuple[int, ...]
     dtype: str = "float32"
+    after: str = ""
 
     @property
     def name(self):
         suffix = "" if self.dtype == "float32" else f"-{self.dtype}"
-        return f"{self.layout}-{'x'.join(map(str, self.shape))}{suffix}"
+        after = f"+{self.after}" if self.after else ""
+        return f"{self.layout}-{'x'.join(map(str, self.shape))}{suffix}{after}"
+
+    @property
+    def bare(self):
+        return dataclasses.replace(self, after="")
+
+    @property
+    def adds(self):
+        """Whether a residual is added."""
+        return self.after.startswith("add")
 
     @property
     def group(self):
@@ -50,17 +64,19 @@ class Case:
 
 
 def parse_case(name):
-    """Make a Case of a name such as ``rows-256x512`` or ``nchw-32x64x56x56``."""
-    layout, _, dims = name.partition("-")
+    """Make a Case of a name such as ``rows-256x512`` or ``nchw-32x64x56x56+relu``."""
+    bare, _, after = name.partition("+")
+    layout, _, dims = bare.partition("-")
     dims, _, dtype = dims.partition("-")
     shape = tuple(int(d) if d.isdecimal() else 0 for d in dims.split("x"))
     known = layout in FEATURE_AXIS and dtype in ("", "float32", "float64")
+    known = known and after in ("", *FOLLOWED)
     if not known or min(shape) < 1 or len(shape) != (4 if layout in GROUPS["cnn"] else 2):
         raise ValueError(
             f"unknown case {name!r}: expected all, {', '.join(GROUPS)}, or a layout "
             "(rows, axis0, nchw, nhwc) and a shape, such as rows-256x512 or nchw-32x64x56x56"
         )
-    case = Case(layout, shape, dtype or "float32")
+    case = Case(layout, shape, dtype or "float32", after)
     if case.size == case.features:
         raise ValueError(f"case {name!r} has one value per feature, which training refuses")
     return case

@@ -11,7 +11,7 @@ import platform
 from pathlib import Path
 
 CPU = Path("/sys/devices/system/cpu")
-DISTRIBUTIONS = ("bn_cy", "numpy", "torch", "jax", "onednn-cpu-gomp")
+DISTRIBUTIONS = ("bn_cy", "numpy", "torch", "jax", "onednn", "onednn-cpu-gomp")
 
 
 def describe():

@@ -3,17 +3,31 @@
 The enumerations are those of oneapi/dnnl/dnnl_types.h and dnnl_common_types.h.
 """
 
+import contextlib
 import ctypes
 import importlib.metadata
+import os
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_size_t, c_uint, c_void_p
 
 import numpy as np
 from problem import aligned_empty
 
-DISTRIBUTION = "onednn-cpu-gomp"
+# Both put a libdnnl.so into the same folder, so an environment has one of them: Intel's, which runs
+# on SYCL and TBB, or the older one on OpenMP.
+DISTRIBUTIONS = ("onednn", "onednn-cpu-gomp")
+REQUIRED = (
+    "libintlc.so.5",
+    "libirng.so",
+    "libimf.so",
+    "libsvml.so",
+    "libtbb.so.12",
+    "libsycl.so.9",
+)  # by Intel's: beside it, where the system does not look
 CPU, F32, IN_ORDER = 1, 3, 1
 FORWARD_TRAINING, BACKWARD = 64, 128
-USE_SCALE_AND_SHIFT = 0x2 | 0x4
+USE_SCALE_AND_SHIFT, FUSE_RELU = 0x2 | 0x4, 0x8
+WORKSPACE_DESCRIPTION, WORKSPACE = 135, 64  # what the backward through a ReLU reads
+ALLOCATE = c_void_p(-1)
 SRC, DST, MEAN, VARIANCE, SCALE, SHIFT = 1, 17, 49, 50, 51, 52
 DIFF_SRC, DIFF_DST, DIFF_SCALE, DIFF_SHIFT = 129, 145, 255, 256
 
@@ -22,19 +36,37 @@ class ExecArg(Structure):
     _fields_ = (("arg", c_int), ("memory", c_void_p))
 
 
+def installed():
+    """Return the distribution of oneDNN that this environment has, or None."""
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(name)
+            return name
+    return None
+
+
 def load_library():
     """Load libdnnl from the wheel; ImportError where it is not installed."""
-    try:
-        files = importlib.metadata.files(DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f"no package {DISTRIBUTION}") from None
-    for file in files:
+    name = installed()
+    files = importlib.metadata.files(name) if name else []
+    for file in files or []:
         if file.name == "libdnnl.so":
+            path = file.locate().resolve()
             try:
-                return ctypes.CDLL(str(file.locate()))
+                _load_required(path.parent)
+                return ctypes.CDLL(str(path))
             except OSError as error:
                 raise ImportError(str(error)) from None
-    raise ImportError(f"no libdnnl.so in the package {DISTRIBUTION}")
+    raise ImportError(f"no package {' or '.join(DISTRIBUTIONS)}")
+
+
+def _load_required(folder):
+    opencl = folder / "libintelocl.so"
+    if opencl.exists():  # SYCL finds the CPU through it
+        os.environ["OCL_ICD_FILENAMES"] = str(opencl)
+    for name in REQUIRED:
+        if (folder / name).exists():
+            ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL)
 
 
 class OneDNN:
@@ -52,6 +84,8 @@ class OneDNN:
     def bind(self, problem):
         if problem.x.dtype != np.float32:
             raise NotImplementedError("oneDNN normalizes float32 only")
+        if problem.case.adds:
+            raise NotImplementedError("oneDNN has no addition on a CPU")
         self._release()
         features = problem.case.features
         desc = self._description(*dims_and_strides(problem.case))
@@ -67,7 +101,8 @@ class OneDNN:
         for key in (MEAN, VARIANCE, DIFF_SCALE, DIFF_SHIFT):
             self._arrays[key] = np.empty(features, np.float32)
 
-        eps, flags = c_float(problem.eps), c_uint(USE_SCALE_AND_SHIFT)
+        relu = bool(problem.case.after)
+        eps, flags = c_float(problem.eps), c_uint(USE_SCALE_AND_SHIFT | relu * FUSE_RELU)
         bnorm = "batch_normalization_{}_primitive_desc_create".format
         forward_pd = self._create(
             "primitive_desc",
@@ -84,6 +119,9 @@ class OneDNN:
             for key, array in self._arrays.items()
         }
         inputs = (SRC, MEAN, VARIANCE, SCALE)
+        if relu:
+            memory[WORKSPACE] = self._workspace(forward_pd)
+            inputs += (WORKSPACE,)
         return {
             "forward": self._executor(forward_pd, memory, (*inputs, SHIFT, DST)),
             "backward": self._executor(
@@ -113,6 +151,13 @@ class OneDNN:
     def _memory(self, array, desc):
         address = c_void_p(array.ctypes.data)
         return self._create("memory", "memory_create", desc, self._engine, address)
+
+    def _workspace(self, descriptor):
+        """Memory of oneDNN's own for the mask of the ReLU."""
+        query = self._dnnl.dnnl_primitive_desc_query_md
+        query.restype, query.argtypes = c_void_p, [c_void_p, c_int, c_int]
+        desc = c_void_p(query(descriptor, WORKSPACE_DESCRIPTION, 0))
+        return self._create("memory", "memory_create", desc, self._engine, ALLOCATE)
 
     def _description(self, dims, strides):
         vector = c_int64 * 12  # DNNL_MAX_NDIMS

@@ -3,10 +3,11 @@
 import math
 
 from cases import LARGE, limit_seconds
-from peers import COUNTERPART
+from peers import COUNTERPART, LAYER
 
 VERBS = ("forward", "backward")
 LIMIT = "streaming, 32 MB and more"
+OF_LAYER = "function, time of layer's"
 BUSY = 0.3  # load average from which others are warned of
 
 
@@ -36,6 +37,11 @@ def rate(record, verb, library="bn_cy out="):
     """Return the compulsory traffic in GB/s."""
     moved = (record["compulsory_reads"][verb] + 1) * record["bytes"]
     return moved / record["seconds"][library][verb] / 1e9
+
+
+def share_of_layer(record, verb):
+    """Return the function's time over the layer's: 1 is a layer that costs nothing."""
+    return record["seconds"]["bn_cy"][verb] / record["seconds"][LAYER][verb]
 
 
 def peers_in(records):
@@ -82,7 +88,8 @@ def describe_streaming(rows):
 def header(peers):
     columns = "".join(f" {peer + ' f/b/both':>19}" for peer in peers)
     return (
-        f"{'case, threads':<28} {'us fwd/bwd':>15} {'us out=':>15} {'GB/s':>11} {'of limit':>9}"
+        f"{'case, threads':<28} {'us fwd/bwd':>15} {'us out=':>15} {'us layer':>15} {'GB/s':>11} "
+        f"{'of limit':>9}"
         f"{columns}"
     )
 
@@ -92,7 +99,7 @@ def line(record, peers):
     seconds = record["seconds"]
     label = f"{record['case']}{'*' if record['bytes'] >= LARGE else ''}, {record['threads']}"
     text = f"{label:<28}"
-    for library in ("bn_cy", "bn_cy out="):
+    for library in ("bn_cy", "bn_cy out=", LAYER):
         text += f" {'/'.join(duration(seconds[library][v]) for v in VERBS):>15}"
     text += f" {'/'.join(f'{rate(record, v):.1f}' for v in VERBS):>11}"
     limits = [f"{fraction_of_limit(record, v):.2f}" for v in VERBS if "streaming" in seconds]
@@ -115,6 +122,9 @@ def summary(records, threads):
         if peer == "onednn" and any(r["layout"] in ("rows", "nhwc") for r in timed):
             inner = [r for r in timed if r["layout"] in ("rows", "nhwc")]
             rows.append(_row("onednn, rows and NHWC", None, inner, lambda r: ratio(r, "onednn")))
+    if all(LAYER in r["seconds"] for r in records):
+        for verb in VERBS:
+            rows.append(_row(OF_LAYER, verb, records, lambda r, v=verb: share_of_layer(r, v)))
     large = [r for r in records if r["bytes"] >= LARGE and "streaming" in r["seconds"]]
     if large:
         for verb in (None, *VERBS):

@@ -5,7 +5,10 @@ from measure import data, measure, workers
 from networks import NETWORKS
 from worker import Absent
 
-CASES = [Case("rows", (60, 100)), Case("rows", (256, 1024))]
+CASES = [
+    *(Case("rows", shape) for shape in [(60, 100), (256, 1024)]),
+    *(Case("nchw", shape) for shape in [(64, 1, 8, 8), (32, 3, 32, 32)]),
+]
 AGREEMENT = 1e-3  # relative difference of the losses after as many steps as below
 STEPS = 5
 
@@ -36,17 +39,13 @@ def _check_agreement(case, losses):
 
 
 def describe(records):
-    lines = ["a training step, microseconds (three hidden layers, sigmoid, SGD with momentum)"]
+    lines = ["a training step, microseconds (ReLU, SGD with momentum; examples/mlp.py and cnn.py)"]
     for r in records:
         ours = r["seconds"]["step bn_cy"]
-        others = ", ".join(
+        others = "; ".join(
             f"{name.removeprefix('step ')} {1e6 * s:.0f} ({s / ours:.2f} of ours)"
             for name, s in r["seconds"].items()
             if name != "step bn_cy"
         )
-        batch, width = r["case"].removeprefix("rows-").split("x")
-        lines.append(
-            f"{width} units, batch {batch}, {r['threads']} threads: "
-            f"bn_cy {1e6 * ours:.0f}, {others}"
-        )
+        lines.append(f"{r['case']}, {r['threads']} threads: bn_cy {1e6 * ours:.0f}; {others}")
     return "\n".join(lines)

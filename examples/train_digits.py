@@ -157,7 +157,8 @@ def build_network(widths, batch_norm, seed):
     for n_in, n_out in hidden:
         layers.append(Linear(n_in, n_out, rng=rng, std=WEIGHT_STD, bias=not batch_norm))
         if batch_norm:
-            layers.append(BatchNorm(n_out))
+            # A network that diverges is a result here, and no error.
+            layers.append(BatchNorm(n_out, on_nonfinite="update"))
         layers.append(Sigmoid())
     layers.append(Linear(*last, rng=rng, std=WEIGHT_STD))
     return MLP(layers)

@@ -5,6 +5,7 @@ import graphlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,12 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench  # noqa: E402
 import cases  # noqa: E402
+import fused  # noqa: E402
+import networks  # noqa: E402
 import peers  # noqa: E402
 import problem  # noqa: E402
 import report  # noqa: E402
+import train  # noqa: E402
 import worker  # noqa: E402
 from cases import Case  # noqa: E402
 
@@ -32,6 +36,7 @@ SMALL = [
     Case("nhwc", (2, 3, 4, 5)),
     Case("rows", (9, 3), "float64"),
 ]
+FOLLOWED = [replace(case, after=after) for case in SMALL for after in cases.FOLLOWED]
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +59,8 @@ def test_no_circle_of_imports():
 def test_the_cases_are_distinct_and_their_names_parse():
     assert len({case.name for case in cases.ALL}) == len(cases.ALL) == 40
     assert [cases.parse_case(case.name) for case in cases.ALL] == cases.ALL
-    assert all(cases.parse_case(case.name) == case for case in SMALL)
+    assert all(cases.parse_case(case.name) == case for case in [*SMALL, *FOLLOWED])
+    assert cases.parse_case("nhwc-2x3x4x5+add+relu").adds
 
 
 def test_groups_partition_the_cases():
@@ -109,6 +115,54 @@ def test_the_package_and_the_formula_pass_the_check_of_results(case, tmp_path):
         assert max(errors.values()) <= timed.tolerance, (library, errors)
 
 
+@pytest.mark.parametrize("case", FOLLOWED, ids=lambda case: case.name)
+def test_what_follows_passes_the_check_of_results(case, tmp_path):
+    problem.save(problem.create(case, seed=1), tmp_path)
+    for library in (peers.BnCy, peers.BnCyOut, peers.BnCyLayer, peers.BnCyThenNumPy):
+        timed = library(threads=1)
+        results = timed.results(timed.bind(problem.load(case, tmp_path)))
+        errors = problem.relative_errors(case, tmp_path, results)
+        assert len(errors) == 4 + case.adds
+        assert max(errors.values()) <= timed.tolerance, (library, errors)
+
+
+def test_no_gradient_arrives_where_rounding_decides_about_the_relu():
+    case = Case("rows", (4000, 5), after="add+relu")
+    p = problem.create(case, seed=1)
+    y, *_, dresidual = problem.reference(p, range(5))
+    near = (y > 0) & (y < problem.KINK)
+    assert near.any()
+    assert not dresidual[near].any()
+
+
+def test_the_price_of_what_follows_and_the_worst_of_it():
+    def made_up(case, after, price, ratio):
+        ours = {"forward": price, "backward": 2 * price}
+        bare = {"forward": 1.0, "backward": 1.0}
+        theirs = {"forward": price * ratio, "backward": 2 * price * ratio}
+        seconds = {"bn_cy": ours, "bn_cy out=": ours, fused.BARE: bare, "torch": theirs}
+        return {"case": case, "after": after, "threads": 2, "seconds": seconds, "errors": {}}
+
+    records = [made_up("rows-2x2", "relu", 1, 2), made_up("rows-9x9", "relu", 4, 8)]
+    rows = {row[:2]: row[2:] for row in fused.summary(records)}
+    assert rows["relu", "forward, time of the bare one's"] == (pytest.approx(2), 4, "rows-9x9")
+    assert rows["relu", "backward, time of the bare one's"] == (pytest.approx(4), 8, "rows-9x9")
+    assert rows["relu", "torch, times our time"] == (pytest.approx(4), 2, "rows-2x2")
+    assert len(rows) == 3
+    assert "| relu | torch, times our time | 4.00 | 2.00 (rows-2x2) |" in fused.markdown(records)
+
+
+@pytest.mark.parametrize("case", [train.CASES[0], train.CASES[2]], ids=lambda case: case.name)
+def test_the_networks_that_are_timed_learn_alike(case):
+    p = problem.create(case, seed=1)
+    losses = []
+    for batchnorm in (networks.fused, networks.bare, networks.staged):
+        step = networks.NumPyNetwork(batchnorm).bind(p)["step"]
+        losses.append([step() for _ in range(3)])
+    assert losses[0][2] < losses[0][0]
+    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-4)
+
+
 def test_a_wrong_result_is_not_timed(tmp_path):
     class Wrong(peers.BnCy):
         def results(self, verbs):
@@ -127,7 +181,8 @@ def test_only_some_features_of_a_very_large_array_are_checked(monkeypatch):
 
 
 def made_up_record(name, ours, theirs, nbytes=1000):
-    seconds = {library: {"forward": ours, "backward": ours} for library in peers.OURS}
+    of_ours = (*peers.OURS, peers.LAYER)
+    seconds = {library: {"forward": ours, "backward": ours} for library in of_ours}
     seconds |= {peer: {"forward": theirs, "backward": 2 * theirs} for peer in peers.PEERS}
     return {
         "case": name,
@@ -228,3 +283,21 @@ def test_the_command_times_and_writes(tmp_path):
     assert {"bn_cy", "bn_cy out=", "numpy"} <= set(record["seconds"])
     assert max(record["errors"]["bn_cy"].values()) <= 1e-6
     assert "rows-8x3, 1" in done.stdout
+
+
+def test_the_command_times_what_follows(tmp_path):
+    path = tmp_path / "results.json"
+    arguments = ["--fused", "--cases", "rows-8x3", "--peers", "", "--threads", "1", "--quick"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "bench.py", *arguments, "--json", path],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    records = json.loads(path.read_text())["fused"]
+    assert [record["after"] for record in records] == list(cases.FOLLOWED)
+    assert all(max(r["errors"]["bn_cy, NumPy"].values()) <= 1e-6 for r in records)
+    assert "rows-8x3+add+relu, 1" in done.stdout
+    bench.main(["--table", str(path)])
