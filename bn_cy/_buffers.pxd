@@ -4,6 +4,9 @@ cdef class Block:
     cdef readonly size_t size
 
 
+cdef Block new_block(size_t size)
+
+
 cdef class Buffer:
     cdef Block block
     cdef size_t size

@@ -67,7 +67,7 @@ class Pool:
         for i in range(len(self.free) - 1, -1, -1):
             if size <= self.free[i].size <= size + size // 4:
                 return self.free.pop(i)
-        return Block(size)
+        return relieved(Block, size, pool=self)
 
     def give(self, block):
         """Keep a block for a later output; let the ones longest unused go."""
@@ -75,6 +75,12 @@ class Pool:
         held = sum(kept.size for kept in self.free)
         while held > self.limit or len(self.free) > BLOCKS:
             held -= self.free.pop(0).size
+
+    def clear(self):
+        """Let all free blocks go; tell whether there were any."""
+        found = bool(self.free)
+        self.free.clear()
+        return found
 
 
 def memory_of_machine():
@@ -95,6 +101,39 @@ def memory_limit(folder=CGROUPS):
 
 
 POOL = Pool(memory_limit() // 4)
+
+
+def relieved(function, *arguments, pool=POOL, **more):
+    """Call a function that takes memory; where there is none, again without the free blocks."""
+    try:
+        return function(*arguments, **more)
+    except MemoryError:
+        if not pool.clear():
+            raise
+    return function(*arguments, **more)
+
+
+cdef Block new_block(size_t size):
+    """A block of the system's memory; the pool gives up its own where there is none."""
+    try:
+        return Block(size)
+    except MemoryError:
+        return relieved(Block, size)
+
+
+def clear_buffers():
+    """Give the memory that waits for later results back to the system.
+
+    A result that is returned in a fresh array of 256 KB or more has memory that is kept when
+    nobody holds the array any longer, for the next result of that size. Results that somebody
+    holds are not touched. A call that finds too little memory does this by itself.
+
+    Examples
+    --------
+    >>> import bn_cy
+    >>> bn_cy.clear_buffers()
+    """
+    POOL.clear()
 
 
 @cython.final

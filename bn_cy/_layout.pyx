@@ -16,12 +16,16 @@ from libc.math cimport INFINITY
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy
 
+from bn_cy._buffers import relieved
+
 from bn_cy._buffers cimport Buffer
 
 cdef enum:
     RECYCLED = 1 << 18  # bytes from which an output comes from the pool; below, malloc is faster
     DIMENSIONS = 64     # more than an array can have
 
+# What a call needs of every feature, in bytes, is then a Py_ssize_t.
+cdef Py_ssize_t MOST_FEATURES = <Py_ssize_t>1 << 48
 cdef object ndarray = np.ndarray
 cdef object new_array = np.empty
 cdef object FLOAT32 = np.dtype(np.float32)
@@ -86,7 +90,8 @@ cdef native(name, array):
     float64."""
     if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
         raise TypeError(f"{name} must be of float32 or float64, got {array.dtype}")
-    return np.array(array, FLOAT32 if array.dtype.itemsize == 4 else FLOAT64, order="C")
+    dtype = FLOAT32 if array.dtype.itemsize == 4 else FLOAT64
+    return relieved(np.array, array, dtype, order="C")
 
 
 cdef as_array(str name, values):
@@ -202,6 +207,8 @@ cdef class Batch:
         self.c_ordered = True
         self.shape.outer = self.shape.inner = 1
         self.shape.features = self.view.shape[self.axis]
+        if self.shape.features > MOST_FEATURES:  # of an empty array: any other is too large itself
+            raise MemoryError(f"no memory for the statistics of {self.shape.features} features")
         at = -1
         for k in range(self.view.ndim):
             self.c_ordered &= order[k] == k
@@ -227,8 +234,11 @@ cdef class Batch:
             memory = Buffer(self.nbytes)
             return ndarray(self.array.shape, self.dtype(), memory, 0, self.array.strides)
         if self.c_ordered:
-            return new_array(self.array.shape, self.dtype())
-        return np.empty_like(self.array, subok=False)
+            try:  # a call of `relieved` takes as long as the array
+                return new_array(self.array.shape, self.dtype())
+            except MemoryError:
+                return relieved(new_array, self.array.shape, self.dtype())
+        return relieved(np.empty_like, self.array, subok=False)
 
     cdef bint is_like(self, const Py_buffer *view) noexcept:
         """Tell whether an array of x's shape has its memory order, too."""

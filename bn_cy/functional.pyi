@@ -4,9 +4,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "Cache",
     "Moments",
     "batchnorm_backward",
     "batchnorm_forward",
+    "clear_buffers",
     "frozen_forward",
     "gradient_sums",
     "input_gradient",
@@ -59,6 +61,7 @@ def frozen_forward(
 def batchnorm_backward(
     dout: ArrayLike, cache: Cache, *, out: _Batch | None = None
 ) -> tuple[Any, ...]: ...  # dx, dgamma, dbeta, and after a residual dresidual
+def clear_buffers() -> None: ...
 def moments(x: ArrayLike, *, axis: int = 1) -> Moments: ...
 def normalize(
     x: ArrayLike,

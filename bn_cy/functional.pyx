@@ -31,7 +31,9 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport INFINITY
 from libc.string cimport memcpy, memset
 
-from bn_cy._buffers cimport Block
+from bn_cy._buffers import POOL, clear_buffers
+
+from bn_cy._buffers cimport Block, new_block
 from bn_cy.kernels cimport (
     MEAN, REST, STATISTICS, VAR, Activation, Kernels, Resources, Running,
     signs_room,
@@ -42,9 +44,11 @@ from bn_cy._layout cimport (
 )
 
 __all__ = [
+    "Cache",
     "Moments",
     "batchnorm_backward",
     "batchnorm_forward",
+    "clear_buffers",
     "frozen_forward",
     "gradient_sums",
     "input_gradient",
@@ -544,7 +548,7 @@ cdef run_forward(
             check_forward_target(given, out, &memory, x, residual, backward)
         cache.relu = relu
         if relu and residual is not None and backward:
-            cache.signs = Block(signs_room(&batch.shape))
+            cache.signs = new_block(signs_room(&batch.shape))
         launch_forward(
             cache, target.buf, scale, shift, NULL if beside == NULL else beside.buf, added,
             measure, running)
@@ -599,8 +603,11 @@ cdef int launch_forward(
         with nogil:
             status = call_forward(
                 batch, statistics, y, gamma, beta, eps, measure, running, &then, &use)
+    if status and POOL.clear():
+        status = call_forward(
+            batch, statistics, y, gamma, beta, eps, measure, running, &then, &use)
     if status:
-        raise MemoryError
+        raise MemoryError("no memory for the partial sums of a forward")
     return 0
 
 
@@ -638,8 +645,11 @@ cdef int launch_backward(
         with nogil:
             status = call_backward(
                 batch, statistics, count, dx, dgamma, dbeta, sums, dout, measure, &then, &use)
+    if status and POOL.clear():
+        status = call_backward(
+            batch, statistics, count, dx, dgamma, dbeta, sums, dout, measure, &then, &use)
     if status:
-        raise MemoryError
+        raise MemoryError("no memory for the partial sums of a backward")
     return 0
 
 
@@ -681,7 +691,7 @@ cdef delivered(result, out):
 
 cdef Block rows_of(Batch batch, Py_ssize_t rows):
     """Memory for rows of one double a feature."""
-    return Block(rows * batch.shape.features * sizeof(double))
+    return new_block(rows * batch.shape.features * sizeof(double))
 
 
 # Caches

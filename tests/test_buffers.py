@@ -1,10 +1,14 @@
 """The pool of output buffers: recycled as soon as nobody holds them, never before."""
 
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
-from bn_cy._buffers import POOL, Buffer, Pool, memory_limit
+from bn_cy._buffers import POOL, Buffer, Pool, memory_limit, relieved
 
-from bn_cy import batchnorm_forward
+from bn_cy import batchnorm_forward, clear_buffers
 
 SHAPE = (1024, 256)  # a megabyte of float32
 
@@ -111,3 +115,60 @@ def test_pool_keeps_nothing_larger_than_its_limit():
     pool = Pool(limit=250)
     Buffer(300, pool)
     assert pool.free == []
+
+
+def test_cleared_buffers_are_given_back(x):
+    y, _ = batchnorm_forward(x)
+    kept = np.array(y)
+    z, _ = batchnorm_forward(x + 1)
+    del z
+    assert POOL.free
+    clear_buffers()
+    assert POOL.free == []
+    np.testing.assert_array_equal(y, kept)
+
+
+def test_where_there_is_no_memory_the_pool_gives_up_its_own():
+    pool = Pool(limit=1 << 20)
+    Buffer(1000, pool)
+
+    def wanting():
+        if pool.free:
+            raise MemoryError("none")
+        return "found"
+
+    def refuse():
+        raise MemoryError("none")
+
+    assert relieved(wanting, pool=pool) == "found"
+    with pytest.raises(MemoryError, match="none"):
+        relieved(refuse, pool=pool)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Linux")
+def test_a_call_finds_the_memory_that_the_pool_holds(tmp_path):
+    """It holds 512 MB, in blocks of another size, and 64 MB more are all that is to be had."""
+    program = """
+        import resource
+        import numpy as np
+        import bn_cy
+
+        x = np.ones((1 << 20, 64), np.float32)
+        kept = [bn_cy.normalize(x, np.zeros(64), np.ones(64)) for _ in range(2)]
+        del kept
+        y = bn_cy.normalize(x[: 1 << 19], np.zeros(64), np.ones(64))
+        words = open("/proc/self/statm").read().split()
+        size = int(words[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2)
+        z = bn_cy.normalize(x[: 3 << 18], np.zeros(64), np.ones(64))
+        print(z.shape, float(z[-1, -1]), float(y[-1, -1]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(786432, 64) 0.99999")

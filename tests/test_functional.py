@@ -944,3 +944,32 @@ def test_out_may_not_share_memory_with_a_parameter(rng, name, dtype):
         batchnorm_forward(x, **given, out=apart)[0],
         batchnorm_forward(x, **{name: np.ones(6, dtype)})[0],
     )
+
+
+# Sizes
+
+
+def test_the_statistics_of_too_many_features_are_refused():
+    """An empty array may have so many that their bytes are no number of the machine."""
+    x = np.empty((0, 2**60), np.float32)
+    with pytest.raises(MemoryError, match="no memory for the statistics of 1152921504606846976"):
+        batchnorm_forward(x)
+    statistics = np.broadcast_to(np.float32(1), x.shape[1:])
+    with pytest.raises(MemoryError, match="no memory for the statistics of 1152921504606846976"):
+        normalize(x, statistics, statistics)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_constant_column_without_an_eps(rng, dtype):
+    """y is beta, and the gradients that divide by its deviation are 0."""
+    x = rng.standard_normal((20, 3)).astype(dtype)
+    x[:, 1] = 0.1
+    gamma, beta = np.full(3, 2, dtype), np.arange(3, dtype=dtype)
+    y, cache = batchnorm_forward(x, gamma, beta, eps=0)
+    dx, dgamma, dbeta = batchnorm_backward(np.ones_like(x), cache)
+    assert (y[:, 1] == 1).all()
+    assert not dx[:, 1].any()
+    assert (dgamma[1], dbeta[1]) == (0, 20)
+    assert np.isfinite(y).all()
+    assert np.isfinite(dx).all()
+    assert (normalize(x, np.zeros(3), np.zeros(3), gamma, beta, eps=0) == beta).all()

@@ -209,10 +209,13 @@ cdef void find_invstd(
     double[:, ::1] s, const floating[::1] gamma, const floating[::1] beta, double eps,
     const Block *b,
 ) noexcept nogil:
-    """invstd, and gamma and beta beside it: what the second pass, and the backward, need."""
+    """invstd, and gamma and beta beside it: what the second pass, and the backward, need. Where
+    var and eps are 0 it is 0: then y is beta, and dx and dgamma are 0."""
+    cdef double added
     cdef Py_ssize_t f
     for f in range(b.size):
-        s[INVSTD, f] = 1 / sqrt(s[VAR, f] + eps)
+        added = s[VAR, f] + eps
+        s[INVSTD, f] = 0 if added == 0 else 1 / sqrt(added)
     if gamma.shape[0] == 0:
         for f in range(b.size):
             s[GAMMA, f] = 1
