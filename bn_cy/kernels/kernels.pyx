@@ -52,11 +52,9 @@ cdef int forward(
             for i in prange(c.slices, schedule="static"):
                 finish_forward_slice(statistics, x, gamma, beta, eps, partials, c, i)
             wait_for_all()
-            if c.running != NULL:
-                for i in prange(c.slices, schedule="static"):
-                    update_slice(statistics, c, i)
-            if c.write:
-                for i in prange(c.threads, schedule="static"):
+            for i in prange(c.threads, schedule="static"):
+                update_slices_of(i, statistics, c)
+                if c.write:
                     write_cells_of(i, y, x, residual, statistics, statistics, 0, c)
     elif c.threads == 1:  # no parallel region: one of a single thread would do, but it costs
         for i in range(c.blocks):

@@ -241,9 +241,17 @@ cdef void update_block(double[:, ::1] statistics, const Call *c, Py_ssize_t i) n
     update_running(statistics, c, &b)
 
 
-cdef void update_slice(double[:, ::1] statistics, const Call *c, Py_ssize_t i) noexcept nogil:
-    cdef Block b = slice_of(c, i)
-    update_running(statistics, c, &b)
+cdef void update_slices_of(
+    Py_ssize_t thread, double[:, ::1] statistics, const Call *c,
+) noexcept nogil:
+    """A thread's share of them; nothing where there are no running statistics."""
+    cdef Py_ssize_t i
+    cdef Block b
+    if c.running == NULL:
+        return
+    for i in range(c.slices * thread // c.threads, c.slices * (thread + 1) // c.threads):
+        b = slice_of(c, i)
+        update_running(statistics, c, &b)
 
 
 cdef void finish_forward_slice(

@@ -76,6 +76,32 @@ def test_thirty_mixed_steps(rng, momentum, shape, affine):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("added", [False, True])
+def test_relu_and_residual(rng, added, shape, training):
+    layer, module = twins(6, len(shape))
+    layer.relu = True
+    layer.gamma[:] = rng.uniform(-1, 1, 6)
+    layer.beta[:] = rng.uniform(-1, 1, 6)
+    module.load_state_dict({k: torch.from_numpy(v) for k, v in layer.state_dict().items()})
+    layer.train(training)
+    module.train(training)
+    x, dout = batch(rng, shape)
+    skip = rng.standard_normal(x.shape)
+    theirs = [torch.tensor(array, requires_grad=True) for array in (x, skip)]
+    z = module(theirs[0]) + theirs[1] if added else module(theirs[0])
+    z.relu().backward(torch.tensor(dout))
+    y, gradients = layer(x, residual=skip if added else None), layer.backward(dout)
+    pairs = [(y, z.relu().detach()), (layer.dgamma, module.weight.grad)]
+    pairs.append((layer.dbeta, module.bias.grad))
+    pairs.append((gradients[0] if added else gradients, theirs[0].grad))
+    if added:
+        pairs.append((gradients[1], theirs[1].grad))
+    for ours, expected in pairs:
+        assert error(ours, expected.numpy()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_without_running_statistics(rng, shape, training):
     layer, module = twins(6, len(shape), track_running_stats=False)
     layer.train(training)
