@@ -256,7 +256,7 @@ def plot(measured, libraries, path):
         draw_panel(ax, sweep, errors)
     axes[0].set_ylabel("relative L2 error")
     axes[0].set_ylim(1e-8, 5)
-    figure.legend(handles=legend_handles(libraries), loc="outside lower center", ncols=7)
+    figure.legend(handles=legend_handles(libraries), loc="outside lower center", ncols=8)
     figure.suptitle("Batch normalization of float32 data: how far from exact arithmetic")
     figure.savefig(path, dpi=130)
     plt.close(figure)

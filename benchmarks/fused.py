@@ -15,7 +15,7 @@ BARE = "bn_cy bare"
 OURS = ("bn_cy", "bn_cy out=", BARE)
 # What each is compared with: fresh outputs with fresh ones, given ones with given ones.
 COUNTERPART = {
-    "bn_cy, NumPy": "bn_cy out=",
+    "bn_cy, then NumPy": "bn_cy out=",
     "torch": "bn_cy",
     "torch.compile": "bn_cy",
     "jax": "bn_cy",
@@ -26,7 +26,9 @@ COUNTERPART = {
 def run(cases, peers, threads, plan, seed, progress, write):
     """Return a record for every case with what follows it; `write` gets the lines as they come."""
     records = []
-    wanted = [name for name in COUNTERPART if name.partition(".")[0] in ("bn_cy, NumPy", *peers)]
+    wanted = [
+        name for name in COUNTERPART if name.partition(".")[0] in ("bn_cy, then NumPy", *peers)
+    ]
     with measure.workers([*OURS, *wanted], threads) as (libraries, absent):
         if "bn_cy" in absent:
             raise Absent(absent["bn_cy"])
@@ -83,11 +85,11 @@ def summary(records):
         chosen = [r for r in records if r["after"] == after]
         for verb in VERBS:
             values = {r["case"]: price(r, verb) for r in chosen}
-            yield _row(after, f"{verb}, time of the bare one's", values, max)
+            yield _row(after, f"{verb}: time, relative to the bare batch norm", values, max)
         for peer in COUNTERPART:
             values = {r["case"]: ratio(r, peer) for r in chosen if peer in r["seconds"]}
             if values:
-                yield _row(after, f"{peer}, times our time", values, min)
+                yield _row(after, f"{peer}: time, relative to ours", values, min)
 
 
 def _row(after, what, values, worst_of):
@@ -101,9 +103,9 @@ def describe(records):
         chosen = [r for r in records if r["threads"] == threads]
         count = len({r["case"] for r in chosen})
         lines.append(f"batch norm and what follows it, {threads} threads, {count} cases:")
-        lines.append(f"{'':<10}{'':<34}{'geo. mean':>10}{'worst':>8}  worst case")
+        lines.append(f"{'':<10}{'':<46}{'geo. mean':>10}{'worst':>8}  worst case")
         for after, what, mean, worst, case in summary(chosen):
-            lines.append(f"{after:<10}{what:<34}{mean:>10.2f}{worst:>8.2f}  {case}")
+            lines.append(f"{after:<10}{what:<46}{mean:>10.2f}{worst:>8.2f}  {case}")
         lines.append("")
     return "\n".join(lines)
 

@@ -319,7 +319,7 @@ LIBRARIES = {
     **OURS,
     **PEERS,
     "bn_cy bare": BnCyBare,
-    "bn_cy, NumPy": BnCyThenNumPy,
+    "bn_cy, then NumPy": BnCyThenNumPy,
     "torch.compile": TorchCompiled,
     LAYER: BnCyLayer,
     "bn_cy eval": BnCyEval,

@@ -91,10 +91,11 @@ cdef class Cache:
     cdef Block memory
     cdef double *statistics  # rows of one value a feature, as the kernels name them
     cdef double values  # of a feature
-    cdef bint scaled, shifted, relu, added
+    cdef readonly bint scaled, shifted  # whether there was a gamma, and a beta
+    cdef bint relu, added
     cdef Block signs
 
-    def __cinit__(self, Batch batch):
+    def __cinit__(self, Batch batch not None):
         self.batch = batch
         self.memory = rows_of(batch, STATISTICS)
         self.statistics = <double *>self.memory.start
@@ -140,6 +141,11 @@ cdef class Cache:
         raise TypeError("a Cache does not pickle: it refers to the batch that the backward needs")
 
     @property
+    def num_features(self):
+        """How many features the batch has."""
+        return self.batch.shape.features
+
+    @property
     def empty(self):
         """Whether the batch had no values: then it has no statistics."""
         return self.batch.size == 0
@@ -166,7 +172,7 @@ def batchnorm_forward(
     relu : bool, optional
         Whether a ReLU follows: the maximum with 0. NaN stays NaN.
     residual : array of x's shape and dtype, optional
-        Added before the ReLU.
+        Added to the result, before the ReLU if there is one.
 
     Returns
     -------
@@ -211,7 +217,7 @@ def _training_forward(
     axis, out, bint relu, residual
 ):
     """`batchnorm_forward` that also updates running statistics, unless the batch is empty or, if
-    `nonfinite` is false, has a variance that is not finite; and whether it did."""
+    `nonfinite` is false, has a variance that is not finite. Returns whether it did, too."""
     cdef Cache cache = measured_cache(x, axis)
     cdef Running running
     cdef Memory memory
@@ -249,7 +255,8 @@ def frozen_forward(
     y : array of x's shape and dtype
         ``gamma*(x - mean)/sqrt(var + eps) + beta``, and what follows it; `out`, if given.
     cache : Cache
-        For `batchnorm_backward`, whose dx is then ``gamma*invstd*dresidual``.
+        For `batchnorm_backward`, whose dx is then ``gamma*invstd*dout``; after a ReLU dout counts
+        where y > 0.
 
     Raises
     ------
@@ -421,7 +428,7 @@ def gradient_sums(
         As in `batchnorm_forward`.
     relu : bool, optional
         Whether a ReLU followed: then dout counts where y > 0. Where a residual was added, too,
-        pass its gradient as dout instead, ``np.where(y > 0, dout, 0)``.
+        pass its gradient as dout instead, ``np.where(y > 0, dout, 0)``, and leave this False.
     gamma, beta : array of shape (features,) and any real dtype, optional
         Scale and shift of the forward. They have a say with `relu` alone.
 
@@ -547,7 +554,7 @@ cdef run_forward(
             refuse_overlaps(out, given, &memory, parameters, "gamma or beta")
             check_forward_target(given, out, &memory, x, residual, backward)
         cache.relu = relu
-        if relu and residual is not None and backward:
+        if relu and residual is not None and backward and batch.size:
             cache.signs = new_block(signs_room(&batch.shape))
         launch_forward(
             cache, target.buf, scale, shift, NULL if beside == NULL else beside.buf, added,

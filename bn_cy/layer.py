@@ -32,6 +32,10 @@ class Arrays(dict):
         for name, value in dict(*values, **more).items():
             self[name] = value
 
+    def __reduce__(self):
+        """Make copies and pickles plain dictionaries: they are no layer's."""
+        return dict, (dict(self),)
+
     def _refuse(self, *_):
         raise TypeError(f"the arrays {list(self)} keep their place: assign values to them")
 
@@ -160,9 +164,10 @@ class BatchNorm:
     relu : bool, optional
         Whether a ReLU follows, in the same pass over memory.
     on_nonfinite : {"raise", "skip", "update"}, optional
-        What a training batch with NaN or infinity does, or one whose variance overflows. "raise":
-        a FloatingPointError, and the layer is unchanged. "skip": it is normalized, and leaves the
-        running statistics as they are. "update": it goes into them, as in PyTorch.
+        What a batch does that is to be counted in the running statistics and has NaN or infinity,
+        or a variance that overflows. "raise": a FloatingPointError; the layer's parameters,
+        statistics and count are unchanged, the last cache is let go, and `out` has been written.
+        "skip": it is normalized and not counted. "update": it is counted, as in PyTorch.
 
     Attributes
     ----------
@@ -175,7 +180,9 @@ class BatchNorm:
         The running statistics. Always float64, whatever is assigned: a float32 mean of 1e6 would
         ruin eval.
     num_batches_tracked : int
-        Training batches seen.
+        Batches counted in the running statistics.
+    relu : bool
+        Whether a ReLU follows.
     training : bool
         The mode.
     frozen : bool
@@ -236,7 +243,7 @@ class BatchNorm:
         self.momentum = momentum
         self.unbiased = bool(unbiased)
         self.axis = axis
-        self.relu = bool(relu)
+        self.relu = relu
         self.on_nonfinite = on_nonfinite
         self.training = True
         self._frozen = False
@@ -263,7 +270,10 @@ class BatchNorm:
     cache = _fixed("cache", "What the last forward left for its backward, until that has been.")
     eps = _checked("eps", checked_eps, "Added to the variance.")
     axis = _checked("axis", checked_axis, "The feature axis of the input.")
-    on_nonfinite = _checked("on_nonfinite", checked_policy, "What a batch with NaN does.")
+    relu = _checked("relu", bool, "Whether a ReLU follows.")
+    on_nonfinite = _checked(
+        "on_nonfinite", checked_policy, "What a batch does that has NaN or infinity."
+    )
     gamma = _entry("params", "gamma", "The scale, or None.")
     beta = _entry("params", "beta", "The shift, or None.")
     dgamma = _entry("grads", "gamma", "Gradient of the scale, or None.")
@@ -301,7 +311,8 @@ class BatchNorm:
         Raises
         ------
         FloatingPointError
-            If a training batch has a variance that is not finite, and `on_nonfinite` is "raise".
+            If a batch that is to be counted has a variance that is not finite, and `on_nonfinite`
+            is "raise"; `out` has been written then.
         TypeError, ValueError
             As `batchnorm_forward`, and if the number of features does not fit. The layer is
             unchanged.
@@ -343,7 +354,7 @@ class BatchNorm:
         -------
         dx : array of x's shape and dtype
             `out`, if given. After a forward in eval mode the statistics are constants:
-            ``dx = gamma*invstd*dout``.
+            ``dx = gamma*invstd*dout``, where after a ReLU dout counts where y > 0.
         dresidual : array of x's shape and dtype
             Only after a forward with a residual: its gradient.
 
@@ -353,11 +364,13 @@ class BatchNorm:
             Without `cache`, if there was no forward since the last backward, or if the mode has
             changed since.
         TypeError, ValueError
-            As `batchnorm_backward`.
+            As `batchnorm_backward`, and if `cache` is of a layer with other parameters.
         """
         own = cache is None
         if own:
             cache = self._cache_for_backward()
+        else:
+            self._check_cache(cache)
         dx, dgamma, dbeta, *dresidual = functional.batchnorm_backward(dout, cache, out=out)
         if dgamma is not None:
             self.grads["gamma"] = dgamma.astype(self._dtype, copy=False)
@@ -414,10 +427,11 @@ class BatchNorm:
 
     def reset_running_stats(self):
         """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
-        self.num_batches_tracked = 0
-        if self._running:
-            self.running_mean[:] = 0
-            self.running_var[:] = 1
+        with self._lock:
+            self.num_batches_tracked = 0
+            if self._running:
+                self.running_mean[:] = 0
+                self.running_var[:] = 1
 
     def state_dict(self):
         """Return copies of the parameters and running statistics under PyTorch's names.
@@ -467,16 +481,17 @@ class BatchNorm:
         for name, array in arrays.items():
             if not array.flags.writeable:
                 raise ValueError(f"{name} cannot be loaded: the layer's array is read-only")
-        if self._running:
-            self.num_batches_tracked = own.get("num_batches_tracked", 0)
-        for name, array in arrays.items():
-            array[...] = loaded[name]
+        with self._lock:
+            if self._running:
+                self.num_batches_tracked = own.get("num_batches_tracked", 0)
+            for name, array in arrays.items():
+                array[...] = loaded[name]
 
     def __getstate__(self):
         """Everything but the cached batch and the lock."""
         state = {**self.__dict__, "version": PICKLE_VERSION, "_cache": None}
         del state["_lock"]
-        return state | {name: dict(state[name]) for name in ("_params", "_running")}
+        return state | {name: dict(state[name]) for name in ("_params", "_running", "grads")}
 
     def __setstate__(self, state):
         """Restore a layer; ValueError if a later version of bn_cy has written it."""
@@ -543,12 +558,24 @@ class BatchNorm:
             if counted:
                 self._num_batches_tracked = tracked
         if not counted and not cache.empty and self._on_nonfinite == "raise":
+            self._cache = None  # a backward would give the gradient of the batch before
             wrong = np.flatnonzero(~np.isfinite(cache.var))
             raise FloatingPointError(
-                f"x has NaN or infinity, or a variance that overflows, {_places(wrong)}; the layer "
-                'is unchanged (on_nonfinite="skip" normalizes such a batch and does not count it)'
+                f"x has NaN or infinity, or a variance that overflows, {_places(wrong)}; the batch "
+                'is not counted (on_nonfinite="skip" normalizes such a batch without an error)'
             )
         return y, cache
+
+    def _check_cache(self, cache):
+        if not isinstance(cache, functional.Cache):
+            raise TypeError(f"cache must be a Cache, got {type(cache).__name__}")
+        has = (cache.num_features, cache.scaled, cache.shifted)
+        wanted = (self._num_features, "gamma" in self._params, "beta" in self._params)
+        if has != wanted:
+            raise ValueError(
+                "cache must be of a forward of this layer: expected (features, scale, shift) "
+                f"{wanted}, got {has}"
+            )
 
     def _cache_for_backward(self):
         if self._cache is None:

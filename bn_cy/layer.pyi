@@ -12,7 +12,6 @@ _Policy: TypeAlias = Literal["raise", "skip", "update"]
 
 class BatchNorm:
     unbiased: bool
-    relu: bool
     training: bool
     grads: dict[str, _Batch | None]
 
@@ -49,6 +48,10 @@ class BatchNorm:
     def axis(self) -> int: ...
     @axis.setter
     def axis(self, value: int) -> None: ...
+    @property
+    def relu(self) -> bool: ...
+    @relu.setter
+    def relu(self, value: bool) -> None: ...
     @property
     def on_nonfinite(self) -> _Policy: ...
     @on_nonfinite.setter

@@ -145,11 +145,21 @@ def test_the_price_of_what_follows_and_the_worst_of_it():
 
     records = [made_up("rows-2x2", "relu", 1, 2), made_up("rows-9x9", "relu", 4, 8)]
     rows = {row[:2]: row[2:] for row in fused.summary(records)}
-    assert rows["relu", "forward, time of the bare one's"] == (pytest.approx(2), 4, "rows-9x9")
-    assert rows["relu", "backward, time of the bare one's"] == (pytest.approx(4), 8, "rows-9x9")
-    assert rows["relu", "torch, times our time"] == (pytest.approx(4), 2, "rows-2x2")
+    assert rows["relu", "forward: time, relative to the bare batch norm"] == (
+        pytest.approx(2),
+        4,
+        "rows-9x9",
+    )
+    assert rows["relu", "backward: time, relative to the bare batch norm"] == (
+        pytest.approx(4),
+        8,
+        "rows-9x9",
+    )
+    assert rows["relu", "torch: time, relative to ours"] == (pytest.approx(4), 2, "rows-2x2")
     assert len(rows) == 3
-    assert "| relu | torch, times our time | 4.00 | 2.00 (rows-2x2) |" in fused.markdown(records)
+    assert "| relu | torch: time, relative to ours | 4.00 | 2.00 (rows-2x2) |" in fused.markdown(
+        records
+    )
 
 
 @pytest.mark.parametrize("case", [train.CASES[0], train.CASES[2]], ids=lambda case: case.name)
@@ -298,6 +308,6 @@ def test_the_command_times_what_follows(tmp_path):
     assert done.returncode == 0, done.stderr
     records = json.loads(path.read_text())["fused"]
     assert [record["after"] for record in records] == list(cases.FOLLOWED)
-    assert all(max(r["errors"]["bn_cy, NumPy"].values()) <= 1e-6 for r in records)
+    assert all(max(r["errors"]["bn_cy, then NumPy"].values()) <= 1e-6 for r in records)
     assert "rows-8x3+add+relu, 1" in done.stdout
     bench.main(["--table", str(path)])

@@ -374,6 +374,31 @@ def test_two_forwards_and_then_two_backwards(rng):
         np.testing.assert_array_equal(one, of_twin)
 
 
+def test_a_cache_of_another_layer_is_refused(rng):
+    layer, other = BatchNorm(5), BatchNorm(5, scale=False)
+    x, dout = batch(rng)
+    other(x)
+    with pytest.raises(ValueError, match=r"of a forward of this layer: expected .*True, True"):
+        layer.backward(dout, cache=other.cache)
+    with pytest.raises(TypeError, match="cache must be a Cache, got str"):
+        layer.backward(dout, cache="last")
+    with pytest.raises(TypeError):
+        functional.Cache(None)
+    assert layer.grads == {"gamma": None, "beta": None}
+
+
+def test_copies_of_the_parameters_are_plain(rng):
+    layer = trained(rng)
+    for best in (copy.deepcopy(layer.params), pickle.loads(pickle.dumps(layer.params))):
+        assert type(best) is dict
+        layer.gamma[:] = 9
+        assert best["gamma"][0] != 9
+        layer.params.update(best)
+        np.testing.assert_array_equal(layer.gamma, best["gamma"])
+    twin = copy.copy(layer)
+    assert twin.grads is not layer.grads
+
+
 def test_a_cache_has_the_statistics_of_the_batch(rng):
     layer = trained(rng)
     x, _ = batch(rng)
@@ -447,12 +472,12 @@ def test_a_forward_that_does_not_update(rng):
 def test_a_batch_that_is_not_finite_is_refused_by_default(rng, value):
     layer = trained(rng)
     x, _ = batch(rng)
-    before, cache = snapshot(layer), layer.cache
+    before = snapshot(layer)
     x[3, [1, 4]] = value
-    with pytest.raises(FloatingPointError, match="at 2 of the features: 1, 4; the layer is unch"):
+    with pytest.raises(FloatingPointError, match="at 2 of the features: 1, 4; the batch is not"):
         layer(x)
     assert_same_state(snapshot(layer), before)
-    assert layer.cache is cache
+    assert layer.cache is None  # of the batch before
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -269,13 +269,17 @@ import bn_cy
 
 bn_cy.set_num_threads(2)
 rng = np.random.default_rng({seed})
-for shape, axis in ((2, 300000), 0), ((1000, 1100), 1), ((128, 64, 7, 7), 1), ((4, 64, 99, 99), 1):
+shapes = (2, 300000), (1000, 1100), (20, 30000), (128, 64, 7, 7), (4, 64, 99, 99)
+for shape, axis in zip(shapes, (0, 1, 1, 1, 1)):
     for dtype in (np.float32, np.float64):
         x, dout = rng.standard_normal((2, *shape)).astype(dtype)
         for constant, gradient in (False, 1), (True, np.inf):  # the latter are summed again
             x[...] = 7 if constant else x
             dout.flat[0] = gradient
-            bn_cy.batchnorm_backward(dout, bn_cy.batchnorm_forward(x, axis=axis)[1])
+            for beta, residual in (None, None), (np.ones(shape[axis]), None), (None, dout):
+                _, cache = bn_cy.batchnorm_forward(
+                    x, beta=beta, axis=axis, relu=beta is not None, residual=residual)
+                bn_cy.batchnorm_backward(dout, cache)
 print("done")
 """
 

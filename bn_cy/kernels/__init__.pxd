@@ -52,7 +52,7 @@ cdef struct Activation:
 
 # With `measure`, finds the moments of x, and updates the running ones unless these are NULL;
 # without, MEAN, REST and VAR are given. Then fills the other rows of statistics, and y unless it is
-# NULL. y may be x, or the residual. gamma and beta may be NULL.
+# NULL. y may be x, or the residual. gamma and beta may be NULL, `then` and `use` may not.
 ctypedef int (*Forward)(
     void *y, double *statistics, const void *x, const void *gamma, const void *beta,
     const Shape *shape, double eps, bint measure, Running *running,

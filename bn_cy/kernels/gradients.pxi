@@ -12,7 +12,12 @@
 from libc.math cimport fabs, isfinite
 from libc.string cimport memcpy, memset
 
-from bn_cy.kernels cimport GAMMA, INVSTD, MEAN, REST, VAR
+from bn_cy.kernels cimport GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR
+
+
+cdef enum:
+    # Columns that are summed again at a time: a thread may have a small stack.
+    RESCUED = WIDTH // 2
 
 
 cdef inline unsigned long long bits_of(double value) noexcept nogil:
@@ -93,18 +98,32 @@ cdef void rescue_gradients(
     double[:, :, ::1] levels,
 ) noexcept nogil:
     """Where a sum of floats overflowed: the same sums with every term in double."""
-    cdef double scratch[GATED_CENTRES * SCRATCH]
-    cdef double storage[SUMS * WIDTH]
-    cdef double[:, ::1] wide = rows_of(storage, SUMS, b.size, WIDTH)
     cdef Grid r = single_rows(g)
-    cdef Block of_rows = block_at(&r, b.start, b.size)
-    cdef double[:, ::1] columns = rows_of(
-        scratch, GATED_CENTRES, of_rows.width, of_rows.pitch)
+    cdef Block stretch
+    cdef Py_ssize_t first = 0, size, half = max(<Py_ssize_t>1, b.size // 2)
+    while first < b.size:
+        size = min(half, b.size - first)
+        stretch = block_at(&r, b.start + first, size)
+        rescue_sums(
+            way, tile(sums, 0, first, SUMS, size), tile(centres, 0, first, CENTRES, size),
+            tile(s, 0, first, STATISTICS, size), dout, x, &r, &stretch, levels)
+        first += size
+
+
+cdef void rescue_sums(
+    int way, double[:, ::1] sums, const double[:, ::1] centres, const double[:, ::1] s,
+    const floating[:, :, ::1] dout, const floating[:, :, ::1] x, const Grid *g, const Block *b,
+    double[:, :, ::1] levels,
+) noexcept nogil:
+    cdef double scratch[GATED_CENTRES * (RESCUED + 3 * LINE)]  # as SCRATCH
+    cdef double storage[SUMS * RESCUED]
+    cdef double[:, ::1] wide = rows_of(storage, SUMS, b.size, RESCUED)
+    cdef double[:, ::1] columns = rows_of(scratch, GATED_CENTRES, b.width, b.pitch)
     cdef Py_ssize_t f, k
-    spread_centres(columns, centres, &r, &of_rows)
+    spread_centres(columns, centres, g, b)
     if way == GATED:
-        spread_gate(columns, s, <floating>0, &r, &of_rows)
-    sums_of_block(way, wide, x, dout, columns, &r, &of_rows, levels)
+        spread_gate(columns, s, <floating>0, g, b)
+    sums_of_block(way, wide, x, dout, columns, g, b, levels)
     for k in range(SUMS):
         for f in range(b.size):
             if not isfinite(sums[k, f]):
@@ -145,22 +164,31 @@ cdef void finish_gradients(
     store_gradient(dgamma, &sums[SECOND, 0], b)
 
 
+cdef void sum_about_centres(
+    int way, double[:, ::1] sums, const double[:, ::1] centres, const double[:, ::1] s,
+    const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
+    const Grid *g, const Block *b, double[:, :, ::1] levels,
+) noexcept nogil:
+    """Not inline: its scratch is off the stack before a rescue."""
+    cdef floating scratch[GATED_CENTRES * SCRATCH]
+    cdef floating[:, ::1] columns = rows_of(
+        <floating *>aligned(scratch), GATED_CENTRES, b.width, b.pitch)
+    spread_centres(columns, centres, g, b)
+    if way == GATED:
+        spread_gate(columns, s, <floating>0, g, b)
+    sums_of_block(way, sums, x, dout, columns, g, b, levels)
+
+
 cdef inline void gradients_of_block(
     int way, double[:, ::1] sums, floating[::1] dgamma, floating[::1] dbeta, const double[:, ::1] s,
     const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
     const Grid *g, const Block *b, double[:, :, ::1] levels,
 ) noexcept nogil:
     """From centres to sums about them, dbeta and dgamma."""
-    cdef floating scratch[GATED_CENTRES * SCRATCH]
     cdef double storage[CENTRES * WIDTH]
     cdef double[:, ::1] centres = rows_of(storage, CENTRES, b.size, WIDTH)
-    cdef floating[:, ::1] columns = rows_of(
-        <floating *>aligned(scratch), GATED_CENTRES, b.width, b.pitch)
     find_centres(centres, s, floating is float)
-    spread_centres(columns, centres, g, b)
-    if way == GATED:
-        spread_gate(columns, s, <floating>0, g, b)
-    sums_of_block(way, sums, x, dout, columns, g, b, levels)
+    sum_about_centres(way, sums, centres, s, dout, x, g, b, levels)
     finish_gradients(way, sums, dgamma, dbeta, centres, s, dout, x, g, b, levels)
 
 

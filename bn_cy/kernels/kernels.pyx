@@ -186,7 +186,7 @@ cdef int enter_forward(
         FORWARDS, written_forward(then), then.signs, use)
     if take_partials(&partials, &of_partials, &c):
         return -1
-    c.running, c.unwelcome = running, &unwelcome
+    c.running, c.unwelcome = running if measure else NULL, &unwelcome
     forward(
         array_of(y, shape), rows_of(statistics, STATISTICS, shape.features, shape.features),
         array_of(x, shape), array_of(x if residual == NULL else residual, shape),
@@ -214,7 +214,7 @@ cdef int enter_backward(
         shape, sizeof(floating), measure, dx != NULL, dx == dout,
         <int>GATED if gated else <int>BACKWARDS, written_backward(gated, isinf(count)),
         then.signs, use)
-    c.dresidual = then.residual
+    c.dresidual = then.residual if measure else NULL
     if take_partials(&partials, &of_partials, &c):
         return -1
     backward(

@@ -1,5 +1,5 @@
-# The signs of y, a bit a value: what the backward through a residual and a ReLU must know of y, and
-# cannot compute again, as nothing keeps the residual.
+# The signs of y, a bit a value, for the backward through a residual and a ReLU. The residual is not
+# kept, so that the backward cannot compute the sign of y again.
 #
 # Derivation: the gradient of max(z, 0) is that of z where z > 0, else 0; z = xhat*gamma + beta + r
 # hands it on to both of its parts, so that the gradient of r is dout where y > 0.
@@ -8,8 +8,8 @@
 # gradient of the residual is written, and is the dout of everything that follows.
 #
 # The bits lie in the order of the values, but a row of them begins with a byte, so that no two
-# threads write to one byte: a run, or a row of the array. Where blocks of images would share bytes
-# it is an image, and where rows are merged for writing, all is one row.
+# threads write to one byte: a run, or a row of the array. Where several blocks of images would
+# share bytes it is an image, and where rows are merged for writing, all is one row.
 
 cdef struct Signs:
     unsigned char *bits
@@ -19,10 +19,11 @@ cdef struct Signs:
 cdef inline Signs plan_signs(
     unsigned char *bits, const Grid *writes, Py_ssize_t line_features,
 ) noexcept nogil:
-    """`line_features`, or a multiple, are the features of a block."""
+    """A block begins at a multiple of so many features, if it is not all of them."""
     cdef Signs s
+    cdef bint shared = line_features < writes.features and line_features * writes.inner % 8 != 0
     s.bits = bits
-    if writes.runs or writes.times == 1 and line_features * writes.inner % 8 != 0:
+    if writes.runs or (writes.times == 1 and shared):
         s.row = writes.inner
     elif writes.times == 1:
         s.row = writes.features * writes.inner

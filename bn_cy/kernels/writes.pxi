@@ -118,8 +118,8 @@ cdef inline void write_burst(
     const floating[:, ::1] columns, bint run, int writing, Py_ssize_t ahead, const Signs *signs,
     Py_ssize_t offset, Written way,
 ) noexcept nogil:
-    """A burst of values, by a line of scratch. Only x is fetched, not dout: more fetches would take
-    the line buffers that the stores need."""
+    """A burst of values, by a line of scratch. x is fetched, and dout only where it is a residual
+    or goes through a ReLU: elsewhere more fetches would take the line buffers of the stores."""
     cdef floating storage[BURST + 2 * LINE]
     cdef floating *line = <floating *>aligned(storage)
     cdef size_t size = x.shape[0] * sizeof(floating)
@@ -132,7 +132,7 @@ cdef inline void write_burst(
         memcpy(target, line, size)
     if ahead:
         fetch(&x[0] + ahead, size)
-        if Written is Joined or Written is Added or Written is Gated:
+        if Written is not Forwards and Written is not Backwards and Written is not Rectified:
             fetch(&dout[0] + ahead, size)
 
 
