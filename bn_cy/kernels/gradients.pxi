@@ -9,7 +9,7 @@
 # Tests: tests/test_accuracy.py, tests/test_kernels.py.
 # Bytes moved: O(features). A rescue is a first pass more.
 
-from libc.math cimport fabs, isfinite
+from libc.math cimport NAN, fabs, isfinite
 from libc.string cimport memcpy, memset
 
 from bn_cy.kernels cimport GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR
@@ -142,6 +142,15 @@ cdef void find_dgamma(
             - ((s[MEAN, f] - centres[CENTRE, f]) + s[REST, f]) * sums[FIRST, f]) * s[INVSTD, f]
 
 
+cdef void settle_nans(double[:, ::1] sums) noexcept nogil:
+    """One NaN for all: whose sign a sum of two has depends on the order of an instruction."""
+    cdef Py_ssize_t f, k
+    for k in range(SUMS):
+        for f in range(sums.shape[1]):
+            if sums[k, f] != sums[k, f]:
+                sums[k, f] = NAN
+
+
 cdef inline void store_gradient(
     floating[::1] gradient, const double *sums, const Block *b,
 ) noexcept nogil:
@@ -157,9 +166,12 @@ cdef void finish_gradients(
     const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
     const Grid *g, const Block *b, double[:, :, ::1] levels,
 ) noexcept nogil:
-    if floating is float and overflowed(sums):
+    cdef bint unsure = overflowed(sums)
+    if floating is float and unsure:
         rescue_gradients(way, sums, centres, s, dout, x, g, b, levels)
     find_dgamma(sums, centres, s)
+    if unsure:
+        settle_nans(sums)
     store_gradient(dbeta, &sums[FIRST, 0], b)
     store_gradient(dgamma, &sums[SECOND, 0], b)
 
