@@ -12,6 +12,7 @@ from report import VERBS, duration, geometric_mean, total
 from worker import Absent
 
 BARE = "bn_cy bare"
+CHANNELS_LAST = ("rows", "nhwc")  # layouts
 OURS = ("bn_cy", "bn_cy out=", BARE)
 # What each is compared with: fresh outputs with fresh ones, given ones with given ones.
 COUNTERPART = {
@@ -90,6 +91,11 @@ def summary(records):
             values = {r["case"]: ratio(r, peer) for r in chosen if peer in r["seconds"]}
             if values:
                 yield _row(after, f"{peer}: time, relative to ours", values, min)
+            if peer == "onednn":  # as in report.py: elsewhere it has no fast way
+                values = {case: of for case, of in values.items() if case.startswith(CHANNELS_LAST)}
+                if values:
+                    what = "onednn, rows and NHWC: time, relative to ours"
+                    yield _row(after, what, values, min)
 
 
 def _row(after, what, values, worst_of):

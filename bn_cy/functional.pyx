@@ -84,7 +84,33 @@ cdef class Cache:
     """What a forward leaves for its backward: x by reference, and O(features) numbers; after a
     residual and a ReLU also the signs of y, a bit each.
 
-    Where x had to be copied, it is the copy that is kept.
+    Where x had to be copied, it is the copy that is kept. It comes from a forward alone.
+
+    Attributes
+    ----------
+    count : int or float
+        Values per feature that each statistic was made of; infinite for frozen ones.
+    mean, var : float64 array of shape (num_features,)
+        Copies of the means and of the biased variances that normalized x; zeros of an empty batch.
+    num_features : int
+        Length of the feature axis.
+    scaled, shifted : bool
+        Whether the forward had a `gamma`, and a `beta`.
+    empty : bool
+        Whether the batch had no values.
+
+    Raises
+    ------
+    TypeError
+        If it is pickled.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bn_cy
+    >>> _, cache = bn_cy.batchnorm_forward(np.array([[1.0], [5.0]]))
+    >>> cache.count, cache.mean, cache.var
+    (2, array([3.]), array([4.]))
     """
 
     cdef Batch batch

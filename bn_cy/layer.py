@@ -1,138 +1,28 @@
 """`BatchNorm`: batch normalization as a layer, with parameters, running statistics and modes."""
 
-import operator
 import threading
 
 import numpy as np
 
 from bn_cy import functional
-from bn_cy._layout import as_float_dtype, as_index, as_number, as_plain, as_real
+from bn_cy._attributes import (
+    Arrays,
+    checked,
+    checked_axis,
+    checked_eps,
+    checked_momentum,
+    checked_policy,
+    checked_tracked,
+    entry,
+    fitted,
+    fixed,
+    places,
+)
+from bn_cy._layout import as_float_dtype, as_index, as_plain
 
 __all__ = ["BatchNorm"]
 
-POLICIES = ("raise", "skip", "update")  # for a batch with NaN or infinity
 PICKLE_VERSION = 1
-NAMED = 5  # features that an error names
-
-
-class Arrays(dict):
-    """Arrays by name that keep their place: what is assigned is checked and copied into them.
-
-    So an optimizer may hold the arrays, or assign what it computes.
-    """
-
-    def __setitem__(self, name, value):
-        """Copy a value into the array of this name."""
-        current = self[name]
-        if value is not current:  # as it is after `arrays[name] -= ...`
-            current[...] = fitted(name, value, current)
-
-    def update(self, *values, **more):
-        """Assign several."""
-        for name, value in dict(*values, **more).items():
-            self[name] = value
-
-    def __reduce__(self):
-        """Make copies and pickles plain dictionaries: they are no layer's."""
-        return dict, (dict(self),)
-
-    def _refuse(self, *_):
-        raise TypeError(f"the arrays {list(self)} keep their place: assign values to them")
-
-    __delitem__ = clear = pop = popitem = setdefault = __ior__ = _refuse
-
-
-def _entry(store, name, doc):
-    """Return a property that reads and assigns an entry of one of the layer's dictionaries."""
-
-    def get(layer):
-        return getattr(layer, store).get(name)
-
-    def assign(layer, value):
-        entries = getattr(layer, store)
-        if name not in entries:
-            raise AttributeError(f"this layer has no {name}")
-        entries[name] = value
-
-    return property(get, assign, doc=doc)
-
-
-def _checked(name, check, doc):
-    """Return a property that stores what `check` returns for a new value."""
-    private = f"_{name}"
-    return property(
-        operator.attrgetter(private),
-        lambda layer, value: setattr(layer, private, check(value)),
-        doc=doc,
-    )
-
-
-def _fixed(name, doc):
-    """Return a property that cannot be assigned: arrays were made by it."""
-    return property(operator.attrgetter(f"_{name}"), doc=doc)
-
-
-def fitted(name, value, current):
-    """Return a value as an array that can take the place of the layer's own."""
-    array = np.require(as_real(name, value), current.dtype, ["C", "W", "A"])
-    if array.shape != current.shape:
-        raise ValueError(f"{name} must have shape {current.shape}, got {array.shape}")
-    if name.startswith("running_"):
-        check_finite(name, array)
-    if name == "running_var":
-        functional._check_variance(name, array)
-    return array
-
-
-def check_finite(name, array):
-    """Refuse statistics that are NaN or infinite."""
-    wrong = np.flatnonzero(~np.isfinite(array))
-    if wrong.size:
-        raise ValueError(f"{name} must be finite, got {array[wrong[0]]} {_places(wrong)}")
-
-
-def _places(features):
-    """Name some features by their numbers."""
-    shown = ", ".join(map(str, features[:NAMED]))
-    more = ", ..." if len(features) > NAMED else ""
-    return f"at {len(features)} of the features: {shown}{more}"
-
-
-def checked_eps(eps):
-    """Return an eps as a float."""
-    return functional._checked_eps(eps)
-
-
-def checked_axis(axis):
-    """Return an axis as an integer."""
-    return as_index("axis", axis)
-
-
-def checked_policy(policy):
-    """Return what to do with a batch that is not finite."""
-    if policy not in POLICIES:
-        raise ValueError(f"on_nonfinite must be one of {', '.join(POLICIES)}, got {policy!r}")
-    return policy
-
-
-def checked_momentum(momentum):
-    """Return a momentum from 0 to 1, or None."""
-    if momentum is None:
-        return None
-    value = as_number("momentum", momentum)
-    if not 0 <= value <= 1:
-        raise ValueError(f"momentum must be from 0 to 1, got {momentum!r}")
-    return value
-
-
-def checked_tracked(value):
-    """Return num_batches_tracked as an int."""
-    array = as_real("num_batches_tracked", value)
-    if array.size != 1 or not 0 <= array.item() < 2**63 or array.item() % 1 != 0:
-        raise ValueError(
-            f"num_batches_tracked must be one integer, 0 or more and below 2^63, got {value!r}"
-        )
-    return int(array.item())
 
 
 class BatchNorm:
@@ -263,25 +153,25 @@ class BatchNorm:
         self._cache, self._cached_mode = None, True
         self._lock = threading.Lock()
 
-    params = _fixed("params", "The parameters by name; what is assigned is copied into them.")
-    num_features = _fixed("num_features", "Length of the feature axis.")
-    dtype = _fixed("dtype", "That of the parameters.")
-    frozen = _fixed("frozen", "Whether the running statistics are used in training, too.")
-    cache = _fixed("cache", "What the last forward left for its backward, until that has been.")
-    eps = _checked("eps", checked_eps, "Added to the variance.")
-    axis = _checked("axis", checked_axis, "The feature axis of the input.")
-    relu = _checked("relu", bool, "Whether a ReLU follows.")
-    on_nonfinite = _checked(
+    params = fixed("params", "The parameters by name; what is assigned is copied into them.")
+    num_features = fixed("num_features", "Length of the feature axis.")
+    dtype = fixed("dtype", "That of the parameters.")
+    frozen = fixed("frozen", "Whether the running statistics are used in training, too.")
+    cache = fixed("cache", "What the last forward left for its backward, until that has been.")
+    eps = checked("eps", checked_eps, "Added to the variance.")
+    axis = checked("axis", checked_axis, "The feature axis of the input.")
+    relu = checked("relu", bool, "Whether a ReLU follows.")
+    on_nonfinite = checked(
         "on_nonfinite", checked_policy, "What a batch does that has NaN or infinity."
     )
-    gamma = _entry("params", "gamma", "The scale, or None.")
-    beta = _entry("params", "beta", "The shift, or None.")
-    dgamma = _entry("grads", "gamma", "Gradient of the scale, or None.")
-    dbeta = _entry("grads", "beta", "Gradient of the shift, or None.")
-    running_mean = _entry("_running", "running_mean", "The running mean, or None.")
-    running_var = _entry("_running", "running_var", "The running variance, or None.")
-    momentum = _checked("momentum", checked_momentum, "Weight of the new batch, or None.")
-    num_batches_tracked = _checked("num_batches_tracked", checked_tracked, "Batches seen.")
+    gamma = entry("params", "gamma", "The scale, or None.")
+    beta = entry("params", "beta", "The shift, or None.")
+    dgamma = entry("grads", "gamma", "Gradient of the scale, or None.")
+    dbeta = entry("grads", "beta", "Gradient of the shift, or None.")
+    running_mean = entry("_running", "running_mean", "The running mean, or None.")
+    running_var = entry("_running", "running_var", "The running variance, or None.")
+    momentum = checked("momentum", checked_momentum, "Weight of the new batch, or None.")
+    num_batches_tracked = checked("num_batches_tracked", checked_tracked, "Batches seen.")
 
     @property
     def track_running_stats(self):
@@ -561,7 +451,7 @@ class BatchNorm:
             self._cache = None  # a backward would give the gradient of the batch before
             wrong = np.flatnonzero(~np.isfinite(cache.var))
             raise FloatingPointError(
-                f"x has NaN or infinity, or a variance that overflows, {_places(wrong)}; the batch "
+                f"x has NaN or infinity, or a variance that overflows, {places(wrong)}; the batch "
                 'is not counted (on_nonfinite="skip" normalizes such a batch without an error)'
             )
         return y, cache

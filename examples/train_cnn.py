@@ -32,17 +32,13 @@ from train_digits import (
     MOMENTUM,
     NAMES,
     TARGET,
-    TRAIN_SIZE,
-    HelpFormatter,
-    Parser,
     Run,
     batches,
     draw_accuracies,
     integer,
-    learning_rate,
     load_data,
     mean_and_spread,
-    png_path,
+    parser_of,
     print_cut_off,
     summarize,
 )
@@ -58,31 +54,8 @@ POINTS = 16  # measurements in a run: two an epoch with the defaults
 
 
 def parse_arguments(argv):
-    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument(
-        "--rates",
-        type=learning_rate,
-        nargs="+",
-        metavar="RATE",
-        default=[0.01, 0.03, 0.1, 0.3],
-        help=f"learning rates of SGD with momentum {MOMENTUM}; both networks get each of them",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=integer(1),
-        metavar="N",
-        default=3,
-        help="runs at each learning rate, each with initial weights and batches of its own",
-    )
-    parser.add_argument(
-        "--steps", type=integer(1), metavar="N", default=176, help="mini-batches in a run"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=integer(2, TRAIN_SIZE),
-        metavar="N",
-        default=60,
-        help="images in a mini-batch",
+    parser = parser_of(
+        __doc__, rates=[0.01, 0.03, 0.1, 0.3], seeds=3, steps=176, output="train_cnn.png"
     )
     parser.add_argument(
         "--widths",
@@ -99,10 +72,6 @@ def parse_arguments(argv):
         default="nhwc",
         help="order of the images in memory; the networks differ by rounding alone",
     )
-    parser.add_argument(
-        "--output", type=png_path, metavar="FILE", default="train_cnn.png", help="the picture"
-    )
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     args = parser.parse_args(argv)
     args.rates = sorted(set(args.rates))
     return args

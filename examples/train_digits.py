@@ -95,25 +95,26 @@ def png_path(text):
     return path
 
 
-def parse_arguments(argv):
-    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
+def parser_of(description, *, rates, seeds, steps, output):
+    """Return a parser with the options that the examples share, and these defaults."""
+    parser = Parser(description=description, formatter_class=HelpFormatter)
     parser.add_argument(
         "--rates",
         type=learning_rate,
         nargs="+",
         metavar="RATE",
-        default=[0.03, 0.1, 0.3, 1.0, 3.0],
+        default=rates,
         help=f"learning rates of SGD with momentum {MOMENTUM}; both networks get each of them",
     )
     parser.add_argument(
         "--seeds",
         type=integer(1),
         metavar="N",
-        default=5,
+        default=seeds,
         help="runs at each learning rate, each with initial weights and batches of its own",
     )
     parser.add_argument(
-        "--steps", type=integer(1), metavar="N", default=1000, help="mini-batches in a run"
+        "--steps", type=integer(1), metavar="N", default=steps, help="mini-batches in a run"
     )
     parser.add_argument(
         "--batch-size",
@@ -123,6 +124,17 @@ def parse_arguments(argv):
         help="images in a mini-batch",
     )
     parser.add_argument(
+        "--output", type=png_path, metavar="FILE", default=output, help="the picture"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    return parser
+
+
+def parse_arguments(argv):
+    parser = parser_of(
+        __doc__, rates=[0.03, 0.1, 0.3, 1.0, 3.0], seeds=5, steps=1000, output="train_digits.png"
+    )
+    parser.add_argument(
         "--hidden",
         type=integer(1),
         nargs="+",
@@ -130,10 +142,6 @@ def parse_arguments(argv):
         default=[100, 100, 100],
         help="sigmoid units of each hidden layer",
     )
-    parser.add_argument(
-        "--output", type=png_path, metavar="FILE", default="train_digits.png", help="the picture"
-    )
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     args = parser.parse_args(argv)
     args.rates = sorted(set(args.rates))
     return args

@@ -157,9 +157,15 @@ def test_the_price_of_what_follows_and_the_worst_of_it():
     )
     assert rows["relu", "torch: time, relative to ours"] == (pytest.approx(4), 2, "rows-2x2")
     assert len(rows) == 3
-    assert "| relu | torch: time, relative to ours | 4.00 | 2.00 (rows-2x2) |" in fused.markdown(
-        records
-    )
+    line = "| relu | torch: time, relative to ours | 4.00 | 2.00 (rows-2x2) |"
+    assert line in fused.markdown(records)
+    for record, theirs in zip(records, (3, 5), strict=True):
+        record["seconds"]["onednn"] = {"forward": theirs, "backward": 2 * theirs}
+    records.append(made_up("axis0-9x9", "relu", 1, 2))
+    records[-1]["seconds"]["onednn"] = {"forward": 100, "backward": 200}
+    rows = {row[:2]: row[2:] for row in fused.summary(records)}
+    what = "onednn, rows and NHWC: time, relative to ours"
+    assert rows["relu", what] == (pytest.approx((3 * 5 / 4) ** 0.5), 1.25, "rows-9x9")
 
 
 @pytest.mark.parametrize("case", [train.CASES[0], train.CASES[2]], ids=lambda case: case.name)
@@ -278,36 +284,32 @@ def test_results_that_cannot_be_read_are_named(content, tmp_path):
         bench.main(["--table", str(path)])
 
 
-def test_the_command_times_and_writes(tmp_path):
-    path = tmp_path / "results.json"
-    arguments = ["--cases", "rows-8x3", "--peers", "numpy", "--threads", "1", "--quick"]
+def quick_run(path, *arguments):
+    """Run the command on a small case; return its results and its output."""
+    arguments = ["--cases", "rows-8x3", "--threads", "1", "--quick", *arguments]
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "bench.py", *arguments, "--json", path],
         capture_output=True,
         text=True,
         timeout=100,
-        cwd=tmp_path,
+        cwd=path.parent,
     )
     assert done.returncode == 0, done.stderr
-    (record,) = json.loads(path.read_text())["cases"]
+    return json.loads(path.read_text()), done.stdout
+
+
+def test_the_command_times_and_writes(tmp_path):
+    results, output = quick_run(tmp_path / "results.json", "--peers", "numpy")
+    (record,) = results["cases"]
     assert {"bn_cy", "bn_cy out=", "numpy"} <= set(record["seconds"])
     assert max(record["errors"]["bn_cy"].values()) <= 1e-6
-    assert "rows-8x3, 1" in done.stdout
+    assert "rows-8x3, 1" in output
 
 
 def test_the_command_times_what_follows(tmp_path):
-    path = tmp_path / "results.json"
-    arguments = ["--fused", "--cases", "rows-8x3", "--peers", "", "--threads", "1", "--quick"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "bench.py", *arguments, "--json", path],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    records = json.loads(path.read_text())["fused"]
+    results, output = quick_run(tmp_path / "results.json", "--fused", "--peers", "")
+    records = results["fused"]
     assert [record["after"] for record in records] == list(cases.FOLLOWED)
     assert all(max(r["errors"]["bn_cy, then NumPy"].values()) <= 1e-6 for r in records)
-    assert "rows-8x3+add+relu, 1" in done.stdout
-    bench.main(["--table", str(path)])
+    assert "rows-8x3+add+relu, 1" in output
+    bench.main(["--table", str(tmp_path / "results.json")])

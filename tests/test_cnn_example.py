@@ -1,14 +1,13 @@
 """The residual network: gradients, layouts, what goes into bn_cy, and train_cnn.py as it is run."""
 
 import os
-import signal
 import subprocess
 import sys
 from functools import partial
 
 import numpy as np
 import pytest
-from test_examples import EXAMPLES, assert_png, numerical_gradient
+from test_examples import EXAMPLES, assert_png, interrupted, numerical_gradient
 
 import bn_cy
 
@@ -367,29 +366,7 @@ def test_both_networks_start_from_the_same_weights(train_cnn):
 @pytest.mark.usefixtures("train_cnn")
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send")
 def test_interrupt_keeps_and_draws_what_is_done(tmp_path):
-    # A shell starts background jobs with SIGINT ignored, and children inherit that.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(
-            command("--steps", "1000000", "--output", "cut.png"),
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-        )
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    with process:
-        # The progress bar names the accuracy as soon as there is something to draw.
-        shown = ""
-        while "with batch norm" not in shown:
-            character = process.stderr.read(1)
-            assert character, shown
-            shown += character
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "Traceback" not in stderr
+    stdout = interrupted(command("--steps", "1000000", "--output", "cut.png"), tmp_path)
     assert "Cut off by Ctrl-C: the first of 12 pairs" in stdout
     assert_png(tmp_path / "cut.png")
 

@@ -241,15 +241,14 @@ def test_tiny_run_prints_a_table_and_draws(tmp_path):
     assert_png(tmp_path / "train_digits.png")
 
 
-@pytest.mark.usefixtures("train_digits")
-@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send")
-def test_interrupt_keeps_and_draws_what_is_done(tmp_path):
+def interrupted(command, folder):
+    """Send a command Ctrl-C when there is something to draw; return its output."""
     # A shell starts background jobs with SIGINT ignored, and children inherit that.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = subprocess.Popen(
-            command("--steps", "1000000", "--output", "cut.png"),
-            cwd=tmp_path,
+            command,
+            cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
@@ -267,6 +266,13 @@ def test_interrupt_keeps_and_draws_what_is_done(tmp_path):
         stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in stderr
+    return stdout
+
+
+@pytest.mark.usefixtures("train_digits")
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send")
+def test_interrupt_keeps_and_draws_what_is_done(tmp_path):
+    stdout = interrupted(command("--steps", "1000000", "--output", "cut.png"), tmp_path)
     assert "Cut off by Ctrl-C: the first of 25 pairs" in stdout
     assert_png(tmp_path / "cut.png")
 

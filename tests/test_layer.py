@@ -790,6 +790,8 @@ def test_arrays_of_the_layer_keep_their_place(rng):
     layer.params["gamma"] = np.arange(5.0)
     layer.params["gamma"] -= 1
     layer.params.update(beta=np.full(5, 3))
+    with pytest.raises(ValueError, match="beta must have shape"):
+        layer.params.update(gamma=np.full(5, 7), beta=np.full(6, 7))
     assert layer.params is held
     assert layer.gamma is gamma is held["gamma"]
     assert gamma.tolist() == [-1, 0, 1, 2, 3]
@@ -854,17 +856,18 @@ def test_gradients_may_be_cleared(rng):
 
 
 def test_a_forward_that_cannot_update_changes_nothing(rng):
-    x, _ = batch(rng)
+    x, dout = batch(rng)
     for name in ("running_mean", "running_var"):
         layer = trained(rng)
         layer(x)
-        cache, before, out = layer.cache, snapshot(layer), np.zeros_like(x)
+        dx = layer.backward(dout, cache=layer.cache)
+        before, out = snapshot(layer), np.zeros_like(x)
         getattr(layer, name).flags.writeable = False
         with pytest.raises(ValueError, match=name):
             layer.forward(x + 1, out=out)
         assert np.all(out == 0)
         assert_same_state(snapshot(layer), before)
-        assert layer.cache is cache
+        np.testing.assert_array_equal(layer.backward(dout), dx)
 
 
 @pytest.mark.parametrize("unfit", [None, np.zeros(4), np.zeros(5, np.float32), np.zeros(10)[::2]])
@@ -888,15 +891,16 @@ def test_running_statistics_are_checked_where_they_are_written(rng, unfit):
 )
 def test_a_refused_forward_changes_nothing(rng, shape, dtype, words):
     layer = trained(rng)
-    x, _ = batch(rng)
+    x, dout = batch(rng)
     layer(x)
-    before, cache = snapshot(layer), layer.cache
+    dx = layer.backward(dout, cache=layer.cache)
+    before = snapshot(layer)
     with pytest.raises((TypeError, ValueError)) as caught:
         layer(np.ones(shape, dtype))
     for word in words:
         assert word in str(caught.value)
     assert_same_state(snapshot(layer), before)
-    assert layer.cache is cache
+    np.testing.assert_array_equal(layer.backward(dout), dx)
 
 
 def test_a_forward_with_an_unfit_output_changes_nothing(rng):
@@ -913,12 +917,13 @@ def test_a_refused_backward_changes_nothing(rng):
     layer = trained(rng)
     x, dout = batch(rng)
     layer(x)
-    before, cache = snapshot(layer), layer.cache
+    dx = layer.backward(dout, cache=layer.cache)
+    before = snapshot(layer)
     for unfit in (dout.T, dout[:-1], dout.astype(np.float64)):
         with pytest.raises((TypeError, ValueError), match="dout"):
             layer.backward(unfit)
     assert_same_state(snapshot(layer), before)
-    assert layer.cache is cache
+    np.testing.assert_array_equal(layer.backward(dout), dx)
 
 
 # State

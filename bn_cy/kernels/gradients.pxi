@@ -61,14 +61,6 @@ cdef inline void find_centres(
             centres[CENTRE, f] = <float>centres[CENTRE, f]
 
 
-cdef inline void spread_centres(
-    real[:, ::1] columns, const double[:, ::1] centres, const Grid *g, const Block *b,
-) noexcept nogil:
-    cdef int c
-    for c in range(CENTRES):
-        spread(row_of(&columns[c, 0], b.width), row_of(&centres[c, 0], b.size), g, b)
-
-
 cdef inline void spread_gate(
     real[:, ::1] columns, const double[:, ::1] s, floating kind, const Grid *g, const Block *b,
 ) noexcept nogil:
@@ -82,6 +74,18 @@ cdef inline void spread_gate(
         columns[GATE_OFFSET, f] = <floating>normal_offset(s, f, columns[GATE_HI, f])
     for f in range(GATE_HI, GATED_CENTRES):
         expand(row_of(&columns[f, 0], b.width), g, b)
+
+
+cdef inline void spread_centres(
+    int way, real[:, ::1] columns, const double[:, ::1] centres, const double[:, ::1] s,
+    floating kind, const Grid *g, const Block *b,
+) noexcept nogil:
+    """What the terms of a direction need of every column."""
+    cdef int c
+    for c in range(CENTRES):
+        spread(row_of(&columns[c, 0], b.width), row_of(&centres[c, 0], b.size), g, b)
+    if way == GATED:
+        spread_gate(columns, s, kind, g, b)
 
 
 cdef inline bint overflowed(const double[:, ::1] sums) noexcept nogil:
@@ -120,9 +124,7 @@ cdef void rescue_sums(
     cdef double[:, ::1] wide = rows_of(storage, SUMS, b.size, RESCUED)
     cdef double[:, ::1] columns = rows_of(scratch, GATED_CENTRES, b.width, b.pitch)
     cdef Py_ssize_t f, k
-    spread_centres(columns, centres, g, b)
-    if way == GATED:
-        spread_gate(columns, s, <floating>0, g, b)
+    spread_centres(way, columns, centres, s, <floating>0, g, b)
     sums_of_block(way, wide, x, dout, columns, g, b, levels)
     for k in range(SUMS):
         for f in range(b.size):
@@ -185,9 +187,7 @@ cdef void sum_about_centres(
     cdef floating scratch[GATED_CENTRES * SCRATCH]
     cdef floating[:, ::1] columns = rows_of(
         <floating *>aligned(scratch), GATED_CENTRES, b.width, b.pitch)
-    spread_centres(columns, centres, g, b)
-    if way == GATED:
-        spread_gate(columns, s, <floating>0, g, b)
+    spread_centres(way, columns, centres, s, <floating>0, g, b)
     sums_of_block(way, sums, x, dout, columns, g, b, levels)
 
 

@@ -175,9 +175,7 @@ cdef inline void sum_block_in_cell(
         spread(row_of(&columns[CENTRE, 0], b.width), row_of(&s[MEAN, 0], b.size), &c.sums, &b)
     else:
         find_centres(centres, s, floating is float)
-        spread_centres(columns, centres, &c.sums, &b)
-    if c.summed == GATED:
-        spread_gate(columns, s, <floating>0, &c.sums, &b)
+        spread_centres(c.summed, columns, centres, s, <floating>0, &c.sums, &b)
     sum_cell_of(
         c.summed, of_level(partials, level, &b), x, open_gate(dout, c, &b, cell, cell + 1),
         columns, &c.sums, &b, cell)

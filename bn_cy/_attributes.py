@@ -1,0 +1,134 @@
+"""The attributes of a layer: properties that check, and arrays that keep their place."""
+
+import operator
+
+import numpy as np
+
+from bn_cy import functional
+from bn_cy._layout import as_index, as_number, as_real
+
+POLICIES = ("raise", "skip", "update")  # for a batch with NaN or infinity
+NAMED = 5  # features that an error names
+
+
+class Arrays(dict):
+    """Arrays by name that keep their place: what is assigned is checked and copied into them.
+
+    So an optimizer may hold the arrays, or assign what it computes.
+    """
+
+    def __setitem__(self, name, value):
+        """Copy a value into the array of this name."""
+        current = self[name]
+        if value is not current:  # as it is after `arrays[name] -= ...`
+            current[...] = fitted(name, value, current)
+
+    def update(self, *values, **more):
+        """Assign several: all or none."""
+        values = dict(*values, **more)
+        for name, value in values.items():
+            fitted(name, value, self[name])
+        for name, value in values.items():
+            self[name] = value
+
+    def __reduce__(self):
+        """Make copies and pickles plain dictionaries: they are no layer's."""
+        return dict, (dict(self),)
+
+    def _refuse(self, *_):
+        raise TypeError(f"the arrays {list(self)} keep their place: assign values to them")
+
+    __delitem__ = clear = pop = popitem = setdefault = __ior__ = _refuse
+
+
+def entry(store, name, doc):
+    """Return a property that reads and assigns an entry of one of the layer's dictionaries."""
+
+    def get(layer):
+        return getattr(layer, store).get(name)
+
+    def assign(layer, value):
+        entries = getattr(layer, store)
+        if name not in entries:
+            raise AttributeError(f"this layer has no {name}")
+        entries[name] = value
+
+    return property(get, assign, doc=doc)
+
+
+def checked(name, check, doc):
+    """Return a property that stores what `check` returns for a new value."""
+    private = f"_{name}"
+    return property(
+        operator.attrgetter(private),
+        lambda layer, value: setattr(layer, private, check(value)),
+        doc=doc,
+    )
+
+
+def fixed(name, doc):
+    """Return a property that cannot be assigned: arrays were made by it."""
+    return property(operator.attrgetter(f"_{name}"), doc=doc)
+
+
+def fitted(name, value, current):
+    """Return a value as an array that can take the place of the layer's own."""
+    array = np.require(as_real(name, value), current.dtype, ["C", "W", "A"])
+    if array.shape != current.shape:
+        raise ValueError(f"{name} must have shape {current.shape}, got {array.shape}")
+    if name.startswith("running_"):
+        check_finite(name, array)
+    if name == "running_var":
+        functional._check_variance(name, array)
+    return array
+
+
+def check_finite(name, array):
+    """Refuse statistics that are NaN or infinite."""
+    wrong = np.flatnonzero(~np.isfinite(array))
+    if wrong.size:
+        raise ValueError(f"{name} must be finite, got {array[wrong[0]]} {places(wrong)}")
+
+
+def places(features):
+    """Name some features by their numbers."""
+    shown = ", ".join(map(str, features[:NAMED]))
+    more = ", ..." if len(features) > NAMED else ""
+    return f"at {len(features)} of the features: {shown}{more}"
+
+
+def checked_eps(eps):
+    """Return an eps as a float."""
+    return functional._checked_eps(eps)
+
+
+def checked_axis(axis):
+    """Return an axis as an integer."""
+    return as_index("axis", axis)
+
+
+def checked_policy(policy):
+    """Return what to do with a batch that is not finite."""
+    if policy not in POLICIES:
+        raise ValueError(f"on_nonfinite must be one of {', '.join(POLICIES)}, got {policy!r}")
+    return policy
+
+
+def checked_momentum(momentum):
+    """Return a momentum from 0 to 1, or None."""
+    if momentum is None:
+        return None
+    value = as_number("momentum", momentum)
+    if not 0 <= value <= 1:
+        raise ValueError(f"momentum must be from 0 to 1, got {momentum!r}")
+    return value
+
+
+def checked_tracked(value):
+    """Return num_batches_tracked as an int."""
+    array = as_real("num_batches_tracked", value)
+    if array.size != 1 or not 0 <= array.item() < 2**63 or array.item() % 1 != 0:
+        raise ValueError(
+            f"num_batches_tracked must be one integer, 0 or more and below 2^63, got {value!r}"
+        )
+    return int(array.item())
