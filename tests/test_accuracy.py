@@ -252,6 +252,79 @@ def test_gradients_that_are_not_centred(rng, rows, offset):
     assert np.all(wrong <= SUMS * terms + NOT_CENTRED * np.abs(dout.sum(axis=0)))
 
 
+def few_values(rng, count, shape):
+    """Of normal data, so many values: all of their bits are in use."""
+    return rng.choice(rng.standard_normal(count), shape)
+
+
+def eight_bits(rng, mean, deviation, shape):
+    """An image as most people scale it, which leaves no short numbers."""
+    return np.clip(rng.normal(mean, deviation, shape), 0, 255).astype(np.uint8) / np.float32(255)
+
+
+FEW_VALUES = {
+    "two values": lambda rng, shape: few_values(rng, 2, shape),
+    "five values": lambda rng, shape: few_values(rng, 5, shape),
+    "rarely the other": lambda rng, shape: np.where(
+        rng.random(shape) < 0.1, *rng.standard_normal(2)
+    ),
+    "binary": lambda rng, shape: rng.integers(0, 2, shape),
+    "counts": lambda rng, shape: rng.poisson(3, shape),
+    "an image": lambda rng, shape: eight_bits(rng, 120, 60, shape),
+    "a dark image": lambda rng, shape: eight_bits(rng, 10, 30, shape),
+    "a standardized image": lambda rng, shape: (
+        (eight_bits(rng, 120, 60, shape) - np.float32(0.456)) / np.float32(0.224)
+    ),
+    "half precision": lambda rng, shape: rng.standard_normal(shape).astype(np.float16),
+}
+
+FEW_VALUES_IN = [((rows, 12), 1) for rows in (100, 1000, 10_000, 100_000)] + [
+    ((1_000_000, 1), 1),
+    ((2, 500_000), 0),
+    ((16, 6, 32, 32), 1),
+    ((64, 10, 7, 7), 1),
+    ((16, 30, 30, 5), -1),
+    ((2, 3, 150, 150), 1),
+]
+
+
+def dgamma_error(dgamma, dout, x, axis, eps=1e-5):
+    """Relative, of all features; where a sum is smaller than its terms, to these."""
+    x, dout = (np.moveaxis(a, axis, -1).reshape(-1, a.shape[axis]) for a in (x, dout))
+    truth = Truth(x)
+    terms = truth.centred(x.astype(np.longdouble)) * truth.invstd(eps) * dout
+    exact = terms.sum(axis=0)
+    return norm(dgamma - exact) / norm(np.maximum(abs(exact), np.sqrt((terms**2).sum(axis=0))))
+
+
+@pytest.mark.parametrize(("shape", "axis"), FEW_VALUES_IN)
+@pytest.mark.parametrize("kind", FEW_VALUES)
+def test_few_distinct_values(rng, kind, shape, axis):
+    """All groups of rows round in the same few ways, and what that leaves of the mean counts as
+    often as there are rows, where dout has a mean."""
+    x = FEW_VALUES[kind](rng, shape).astype(np.float32)
+    _, cache = batchnorm_forward(x, np.ones(shape[axis]), axis=axis)
+    found = moments(x, axis=axis)
+    mean = rng.choice([0, 1, 10, 1000])
+    dout = (mean + rng.standard_normal(shape)).astype(np.float32)
+    print("mean of dout", mean)
+    _, dgamma, _ = batchnorm_backward(dout, cache)
+    _, of_pieces = gradient_sums(dout, x, found.mean, found.var, axis=axis)
+    assert dgamma_error(dgamma, dout, x, axis) <= SUMS
+    assert dgamma_error(of_pieces, dout, x, axis) <= SUMS
+
+
+@pytest.mark.parametrize("kind", ["two values", "five values", "an image", "a dark image"])
+def test_few_distinct_values_and_a_gradient_of_one_near_the_mean(rng, kind):
+    """dgamma is then as small as that one's xhat, and the mean's error is all of its own."""
+    x = FEW_VALUES[kind](rng, (30_000, 5)).astype(np.float32)
+    dout = np.zeros_like(x)
+    dout[abs(x - x.mean(axis=0, dtype=np.float64)).argmin(axis=0), range(5)] = 1
+    found = moments(x)
+    _, dgamma = gradient_sums(dout, x, found.mean, found.var)
+    assert dgamma_error(dgamma, dout, x, 1) <= SUMS
+
+
 @pytest.mark.parametrize("overflows", ["dbeta", "dgamma"])
 def test_gradients_whose_sums_overflow_on_the_way(rng, overflows):
     x = 4 * rng.standard_normal((16, 50))

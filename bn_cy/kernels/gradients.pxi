@@ -101,7 +101,7 @@ cdef void rescue_gradients(
     const floating[:, :, ::1] dout, const floating[:, :, ::1] x, const Grid *g, const Block *b,
     double[:, :, ::1] levels,
 ) noexcept nogil:
-    """Where a sum of floats overflowed: the same sums with every term in double."""
+    """Where a sum of floats overflowed, or is in doubt: the same with every term in double."""
     cdef Grid r = single_rows(g)
     cdef Block stretch
     cdef Py_ssize_t first = 0, size, half = max(<Py_ssize_t>1, b.size // 2)

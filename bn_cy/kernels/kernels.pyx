@@ -20,7 +20,8 @@ from bn_cy.kernels cimport (
 include "machine.pxi"    # C: views, stores past the cache, fetches, aligned scratch
 include "plan.pxi"       # how a shape is walked: Grid, Block, Piece
 include "columns.pxi"    # from features to columns and back
-include "sums.pxi"       # the first passes: sum(u) and sum(u*v) of rows
+include "sums.pxi"       # the first passes: sum(u) and sum(u*v) of columns
+include "runs.pxi"       # and of runs
 include "cells.pxi"      # and of cells, in a tree
 include "signs.pxi"      # the signs of y, a bit each, and dout behind them
 include "writes.pxi"     # the second passes: y, dx

@@ -5,7 +5,7 @@
 #   mean = shift + d        var = sum((x - shift)^2)/n - d^2        invstd = 1/sqrt(var + eps)
 #
 # Any shift gives these; one near the mean loses no digits. It is guessed from a few values, and
-# where it turns out to be far off, the feature is summed again: its rescue.
+# where it turns out to be far off, or values repeat, the feature is summed again: its rescue.
 # Twins: `reference.moments`, `reference.forward`.
 # How it keeps its digits: docs/accuracy.md.
 # Tests: tests/test_accuracy.py (outliers, offsets, overflow), tests/test_kernels.py.
@@ -84,7 +84,8 @@ cdef bint find_moments(
     double least,
 ) noexcept nogil:
     """The moments of a block, and which of them to doubt: those whose shift was far from the mean,
-    and those whose squares overflowed or were too small to keep their digits. 0 is among these."""
+    those of values that repeat, and those whose squares overflowed or were too small to keep their
+    digits. 0 is among these."""
     cdef Py_ssize_t f
     cdef double deviation, nth = 1 / <double>count, far = far_from(count)
     cdef long long doubt = 0  # 1e300: squares that come near overflow
@@ -122,7 +123,7 @@ cdef void sum_again(
     cdef int attempt
     cdef Py_ssize_t f
     for f in range(b.size):
-        if not isfinite(s[MEAN, f]):  # the sums overflowed: from any value of the feature
+        if suspect[f] and not isfinite(s[MEAN, f]):  # overflowed: from any value of the feature
             s[MEAN, f] = x[0, b.start + f, 0]
     for attempt in range(RESCUES):
         if not again:
@@ -137,18 +138,29 @@ cdef void sum_again(
                 again |= suspect[f] != 0
 
 
+cdef inline Py_ssize_t end_of_stretch(
+    const long long *suspect, Py_ssize_t first, const Grid *g, const Block *b,
+) noexcept nogil:
+    """Behind the last of the suspects from `first` on whose neighbours are near. Those of a cache
+    line are read together."""
+    cdef Py_ssize_t stop = first, f = first, near = 1 if g.runs else max(LINE // g.each, 1)
+    while f < b.size and f < stop + near:
+        f += 1
+        if suspect[f - 1]:
+            stop = f
+    return stop
+
+
 cdef void rescue_moments(
     double[:, ::1] s, long long *suspect, const floating[:, :, ::1] x, const Grid *g,
     const Block *b, double[:, :, ::1] levels,
 ) noexcept nogil:
-    """Sum suspects again, a stretch of adjacent ones at a time."""
+    """Sum suspects again, a stretch of them at a time."""
     cdef Grid r = single_rows(g)
     cdef Block stretch
     cdef Py_ssize_t first = 0, stop
     while first < b.size:
-        stop = first
-        while stop < b.size and suspect[stop]:
-            stop += 1
+        stop = end_of_stretch(suspect, first, g, b) if suspect[first] else first
         if stop > first:
             stretch = block_at(&r, b.start + first, stop - first)
             sum_again(

@@ -18,8 +18,14 @@
 #
 # Groups of eight rows are added up in the data's type (in double, where a term might not survive
 # that: `real`), four and four of them, and go to sums in double.
+#
+# The rounding errors of the groups average out, unless a feature has few distinct values: these
+# round in the same few ways all over, and what that leaves of the mean counts n times in dgamma
+# where dout has a mean. So values that repeat are noticed (`repeated`). They make NaN of the second
+# sum, which is then in doubt as one that overflowed is, and is summed again in double.
 
-from libc.string cimport memcpy
+from libc.math cimport NAN
+from libc.string cimport memset
 
 cdef enum Forwards:
     FORWARDS
@@ -46,13 +52,9 @@ cdef struct Gate:  # of a column, in doubles that a cast to the data's type roun
 
 cdef enum:
     HALF = GROUP // 2
-    # Values of a single row of a run that are summed as a group of rows is.
-    STRIP = GROUP * LANES
-    # Steps of LANES columns whose eight rows are summed as two halves, at the most: 16 KB of x and
-    # dout, half of L1.
-    STEPS = 16
-
-cdef double[LANES] ZEROS  # copied, as GCC makes a slow `rep stos` of such a memset
+    # The last bits of a float. Terms that do without them are added exactly, and may repeat: binary
+    # data, counts, half precision, the zeros of a ReLU, whatever is large against its deviation.
+    FINE_BITS = 0xFF
 
 
 cdef inline Gate gate_at(const real[:, ::1] centres, Py_ssize_t j, Direction way) noexcept nogil:
@@ -113,6 +115,19 @@ cdef inline real product(
         return <real>upstream(x, dout, gate, way) * ((<real>x - shift) * scale)
 
 
+cdef inline unsigned repeated(floating x, floating below, real shift) noexcept nogil:
+    """The bits of x - shift, if it is the same one row below. In double it does not matter."""
+    if real is float:
+        return repeated_bits(<real>x - shift, <real>below - shift)
+    else:
+        return 0
+
+
+cdef inline double doubted(double total, unsigned bits) noexcept nogil:
+    """A sum; NaN if terms of these bits, which repeat, may have been rounded in it."""
+    return NAN if bits & FINE_BITS else total
+
+
 cdef inline real terms4(
     const floating[:, ::1] x, const floating[:, ::1] dout, Py_ssize_t i, Py_ssize_t j,
     real shift, Gate gate, Direction way,
@@ -152,10 +167,8 @@ cdef inline real products8(
         + products4(x, dout, i + HALF, j, shift, scale, gate, way))
 
 
-# Columns
-
 cdef void sum_group(
-    double[:, ::1] sums, const floating[:, ::1] x, const floating[:, ::1] dout,
+    double[:, ::1] sums, unsigned *bits, const floating[:, ::1] x, const floating[:, ::1] dout,
     const real[:, ::1] centres, Direction way,
 ) noexcept nogil:
     """Eight rows. Of two arrays four rows and then the others: sixteen lines that are a multiple of
@@ -171,12 +184,14 @@ cdef void sum_group(
             gate = gate_at(centres, j, way)
             sums[FIRST, j] += terms8(x, dout, 0, j, shift, gate, way)
             sums[SECOND, j] += products8(x, dout, 0, j, shift, scale, gate, way)
+            bits[j] |= repeated(x[0, j], x[1, j], shift)
     else:
         for j in range(x.shape[1]):
             shift, scale = centres[CENTRE, j], centres[CENTRE_SCALE, j]
             gate = gate_at(centres, j, way)
             terms[j] = terms4(x, dout, 0, j, shift, gate, way)
             products[j] = products4(x, dout, 0, j, shift, scale, gate, way)
+            bits[j] |= repeated(x[0, j], x[1, j], shift)
         for j in range(x.shape[1]):
             shift, scale = centres[CENTRE, j], centres[CENTRE_SCALE, j]
             gate = gate_at(centres, j, way)
@@ -190,12 +205,19 @@ cdef void sum_columns(
 ) noexcept nogil:
     """All rows, column by column: groups of eight, one of four, and single ones."""
     cdef Py_ssize_t rows = x.shape[0], width = x.shape[1], i = 0, j
+    cdef unsigned bits[WIDTH]
     cdef real shift, scale
     cdef Gate gate
-    while i + GROUP <= rows:
-        sum_group(
-            sums, tile(x, i, 0, GROUP, width), tile(dout, i, 0, GROUP, width), centres, way)
-        i += GROUP
+    if GROUP <= rows:
+        memset(bits, 0, width * sizeof(unsigned))
+        while i + GROUP <= rows:
+            sum_group(
+                sums, bits, tile(x, i, 0, GROUP, width), tile(dout, i, 0, GROUP, width), centres,
+                way)
+            i += GROUP
+        if real is float:
+            for j in range(width):
+                sums[SECOND, j] = doubted(sums[SECOND, j], bits[j])
     if i + HALF <= rows:
         for j in range(width):
             shift, scale = centres[CENTRE, j], centres[CENTRE_SCALE, j]
@@ -210,130 +232,3 @@ cdef void sum_columns(
             sums[FIRST, j] += term(x[i, j], dout[i, j], shift, gate, way)
             sums[SECOND, j] += product(x[i, j], dout[i, j], shift, scale, gate, way)
         i += 1
-
-
-# Runs: all columns are of one feature
-
-cdef inline void sum_steps(
-    double *lanes1, double *lanes2, const floating[:, ::1] x, const floating[:, ::1] dout,
-    Py_ssize_t i, Py_ssize_t start, Py_ssize_t steps,
-    real shift, real scale, Gate gate, Direction way,
-) noexcept nogil:
-    """Eight rows from i on, in up to STEPS steps of LANES columns. Here, too, of two arrays four
-    rows and then the others: images are often a multiple of 4 KB apart."""
-    cdef real terms[STEPS * LANES]
-    cdef real products[STEPS * LANES]
-    cdef Py_ssize_t j, k, at
-    if Direction is Forwards:
-        for k in range(steps):
-            for j in range(LANES):
-                at = start + k * LANES + j
-                lanes1[j] += terms8(x, dout, i, at, shift, gate, way)
-                lanes2[j] += products8(x, dout, i, at, shift, scale, gate, way)
-    else:
-        for k in range(steps):
-            for j in range(LANES):
-                at = k * LANES + j
-                terms[at] = terms4(x, dout, i, start + at, shift, gate, way)
-                products[at] = products4(x, dout, i, start + at, shift, scale, gate, way)
-        for k in range(steps):
-            for j in range(LANES):
-                at = k * LANES + j
-                lanes1[j] += terms[at] + terms4(x, dout, i + HALF, start + at, shift, gate, way)
-                lanes2[j] += products[at] + products4(
-                    x, dout, i + HALF, start + at, shift, scale, gate, way)
-
-
-cdef inline void sum_groups(
-    double *sum1, double *sum2, const floating[:, ::1] x, const floating[:, ::1] dout,
-    Py_ssize_t groups, real shift, real scale, Gate gate, Direction way,
-) noexcept nogil:
-    """Groups of eight rows, in LANES sums in registers; columns that make no step go to the first
-    of these."""
-    cdef double lanes1[LANES]
-    cdef double lanes2[LANES]
-    cdef Py_ssize_t g, i, j, k, steps = x.shape[1] // LANES
-    memcpy(lanes1, ZEROS, sizeof(lanes1))
-    memcpy(lanes2, ZEROS, sizeof(lanes2))
-    for g in range(groups):
-        i = g * GROUP
-        for k in range(ceil_div(steps, STEPS)):
-            sum_steps(
-                lanes1, lanes2, x, dout, i, k * STEPS * LANES,
-                min(<Py_ssize_t>STEPS, steps - k * STEPS), shift, scale, gate, way)
-        for j in range(steps * LANES, x.shape[1]):
-            k = j - steps * LANES
-            lanes1[k] += terms8(x, dout, i, j, shift, gate, way)
-            lanes2[k] += products8(x, dout, i, j, shift, scale, gate, way)
-    sum1[0] += fold_lanes(lanes1)
-    sum2[0] += fold_lanes(lanes2)
-
-
-cdef inline void sum_rest(
-    double *sum1, double *sum2, const floating *x, const floating *dout, const floating *stop,
-    real shift, real scale, Gate gate, Direction way,
-) noexcept nogil:
-    """Fewer than STRIP values up to `stop`, in the data's type: steps of LANES, and the last LANES
-    values before `stop`, of which those already in a step do not count. It takes `stop` because GCC
-    makes branches of a remainder whose range it knows."""
-    cdef real lanes1[LANES]
-    cdef real lanes2[LANES]
-    cdef real total1, total2
-    cdef Py_ssize_t k, steps = (stop - x) // LANES, last = stop - x - LANES
-    cdef int j, first = LANES - (stop - x) % LANES
-    for j in range(LANES):
-        total1 = term(x[last + j], dout[last + j], shift, gate, way)
-        total2 = product(x[last + j], dout[last + j], shift, scale, gate, way)
-        lanes1[j] = total1 if j >= first else 0
-        lanes2[j] = total2 if j >= first else 0
-    if steps > 0:  # without it GCC makes no vectors
-        for j in range(LANES):
-            total1, total2 = lanes1[j], lanes2[j]
-            for k in range(steps):
-                total1 += term(x[k * LANES + j], dout[k * LANES + j], shift, gate, way)
-                total2 += product(x[k * LANES + j], dout[k * LANES + j], shift, scale, gate, way)
-            lanes1[j], lanes2[j] = total1, total2
-    sum1[0] += fold_lanes(lanes1)
-    sum2[0] += fold_lanes(lanes2)
-
-
-cdef void sum_row(
-    double *sum1, double *sum2, const floating *x, const floating *dout, Py_ssize_t width,
-    real shift, real scale, Gate gate, Direction way,
-) noexcept nogil:
-    """A single row: strips of eight steps of LANES values, which are a group, and what is left. Not
-    inline: GCC then makes branches, and no vectors, of the last LANES' mask."""
-    cdef double lanes1[LANES]
-    cdef double lanes2[LANES]
-    cdef const floating *stop = x + width
-    cdef Py_ssize_t j, k, strips = width // STRIP
-    if width < LANES:
-        for j in range(width):
-            sum1[0] += term(x[j], dout[j], shift, gate, way)
-            sum2[0] += product(x[j], dout[j], shift, scale, gate, way)
-        return
-    if strips > 0:
-        memcpy(lanes1, ZEROS, sizeof(lanes1))
-        memcpy(lanes2, ZEROS, sizeof(lanes2))
-        for k in range(strips):
-            sum_steps(
-                lanes1, lanes2, rows_of(x, GROUP, LANES, LANES),
-                rows_of(dout, GROUP, LANES, LANES), 0, 0, 1, shift, scale, gate, way)
-            x += STRIP
-            dout += STRIP
-        sum1[0] += fold_lanes(lanes1)
-        sum2[0] += fold_lanes(lanes2)
-    if x < stop:
-        sum_rest(sum1, sum2, x, dout, stop, shift, scale, gate, way)
-
-
-cdef inline void sum_run(
-    double *sum1, double *sum2, const floating[:, ::1] x, const floating[:, ::1] dout,
-    real shift, real scale, Gate gate, Direction way,
-) noexcept nogil:
-    """All rows."""
-    cdef Py_ssize_t i, groups = x.shape[0] // GROUP
-    if groups > 0:
-        sum_groups(sum1, sum2, x, dout, groups, shift, scale, gate, way)
-    for i in range(groups * GROUP, x.shape[0]):
-        sum_row(sum1, sum2, &x[i, 0], &dout[i, 0], x.shape[1], shift, scale, gate, way)
