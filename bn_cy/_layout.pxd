@@ -20,6 +20,7 @@ cdef class Batch:
     cdef bint double_precision, c_ordered
 
     cdef void see(self) except *
+    cdef unsigned long long fingerprint(self) noexcept
     cdef object dtype(self)
     cdef object empty(self)
     cdef bint is_like(self, const Py_buffer *view) noexcept

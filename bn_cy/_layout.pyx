@@ -23,6 +23,7 @@ from bn_cy._buffers cimport Buffer
 cdef enum:
     RECYCLED = 1 << 18  # bytes from which an output comes from the pool; below, malloc is faster
     DIMENSIONS = 64     # more than an array can have
+    WITNESSES = 64      # values that a backward looks at again: half a percent of the shortest call
 
 # What a call needs of every feature, in bytes, is then a Py_ssize_t.
 cdef Py_ssize_t MOST_FEATURES = <Py_ssize_t>1 << 48
@@ -30,6 +31,13 @@ cdef object ndarray = np.ndarray
 cdef object new_array = np.empty
 cdef object FLOAT32 = np.dtype(np.float32)
 cdef object FLOAT64 = np.dtype(np.float64)
+
+# Where the witnesses lie, in parts of the whole, by the golden ratio, so that they are not all of
+# one feature; and what they weigh in a fingerprint: odd numbers of 64 bits, as irregular.
+cdef double[WITNESSES] PLACES
+cdef unsigned long long[WITNESSES] WEIGHTS
+PLACES[:] = [k * (5**0.5 - 1) / 2 % 1 for k in range(WITNESSES - 1)] + [1]
+WEIGHTS[:] = [(k + 1) * 0x9E3779B97F4A7C15 % 2**64 | 1 for k in range(WITNESSES)]
 
 
 cdef Py_buffer *hold(Memory *memory, str name, array) except NULL:
@@ -224,6 +232,22 @@ cdef class Batch:
         self.count = self.shape.outer * self.shape.inner
         self.size = self.count * self.shape.features
         self.nbytes = self.size * self.view.itemsize
+
+    cdef unsigned long long fingerprint(self) noexcept:
+        """Of some of the values of x as they are now: of all of a small one, else of WITNESSES that
+        lie irregularly, among them the first and the last. Of doubles it is the half with the sign
+        and the exponent."""
+        cdef Py_ssize_t words = self.view.itemsize // sizeof(unsigned)
+        cdef const unsigned *value = <const unsigned *>self.view.buf + (words - 1)
+        cdef unsigned long long mark = 0
+        cdef int k
+        if self.size <= WITNESSES:
+            for k in range(<int>self.size):
+                mark += value[k * words] * WEIGHTS[k]
+        else:
+            for k in range(WITNESSES):
+                mark += value[<Py_ssize_t>(PLACES[k] * (self.size - 1)) * words] * WEIGHTS[k]
+        return mark
 
     cdef object dtype(self):
         return FLOAT64 if self.double_precision else FLOAT32

@@ -120,6 +120,7 @@ cdef class Cache:
     cdef readonly bint scaled, shifted  # whether there was a gamma, and a beta
     cdef bint relu, added
     cdef Block signs
+    cdef unsigned long long fingerprint  # of x when the forward had read it
 
     def __cinit__(self, Batch batch not None):
         self.batch = batch
@@ -334,6 +335,9 @@ def batchnorm_backward(dout, Cache cache not None, *, out=None):
     ------
     TypeError, ValueError
         If `dout` or `out` is not an array of x's shape and dtype, or `cache` is not a cache.
+    RuntimeError
+        If `x` was changed after the forward. It is noticed by 64 of its values, wherever they lie:
+        a change of all of `x`, or of one batch to the next, does not pass, one of few values may.
 
     Notes
     -----
@@ -351,6 +355,11 @@ def batchnorm_backward(dout, Cache cache not None, *, out=None):
     """
     cdef Py_ssize_t features = cache.batch.shape.features
     cdef Block sums = rows_of(cache.batch, 2)
+    if cache.batch.fingerprint() != cache.fingerprint:
+        raise RuntimeError(
+            "x was changed after the forward, and the backward needs it: give the forward a copy, "
+            "x.copy(), or change x after the backward"
+        )
     dtype = cache.batch.dtype()
     make = new_array if cache.batch.size else np.zeros
     dgamma = make(features, dtype) if cache.scaled else None
@@ -589,6 +598,8 @@ cdef run_forward(
         release(&memory)
     cache.scaled, cache.shifted = gamma is not None, beta is not None
     cache.added = residual is not None
+    if backward:
+        cache.fingerprint = batch.fingerprint()
     return delivered(y, out)
 
 

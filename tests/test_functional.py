@@ -973,3 +973,68 @@ def test_a_constant_column_without_an_eps(rng, dtype):
     assert np.isfinite(y).all()
     assert np.isfinite(dx).all()
     assert (normalize(x, np.zeros(3), np.zeros(3), gamma, beta, eps=0) == beta).all()
+
+
+# x that is not what it was
+
+
+def every_value_of(x):
+    x *= 2
+
+
+def rectified(x):
+    np.maximum(x, 0, out=x)
+
+
+def the_next_batch(x):
+    x[...] = np.roll(x, 1, axis=0)
+
+
+def the_first_example(x):
+    x[0] += 1
+
+
+def the_last_value(x):
+    x.flat[-1] = 0
+
+
+CHANGES = [every_value_of, rectified, the_next_batch, the_first_example, the_last_value]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(4, 3), (300, 70), (7, 5, 6, 4)])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_x_that_changed_is_noticed(rng, change, shape, dtype, frozen):
+    x = rng.standard_normal(shape).astype(dtype)
+    before, dout = x.copy(), rng.standard_normal(shape).astype(dtype)
+    _, cache = (
+        bn_cy.frozen_forward(x, np.zeros(shape[1]), np.ones(shape[1]))
+        if frozen
+        else batchnorm_forward(x)
+    )
+    dx, _, _ = batchnorm_backward(dout, cache)
+    change(x)
+    out = np.full_like(x, 7)
+    with pytest.raises(RuntimeError, match=r"^x was changed after the forward"):
+        batchnorm_backward(dout, cache, out=out)
+    assert np.all(out == 7)
+    x[...] = before  # the cache is as it was
+    assert np.array_equal(batchnorm_backward(dout, cache)[0], dx)
+
+
+@pytest.mark.parametrize("size", [1, 2, 63, 64])
+def test_any_value_of_a_small_x_that_changed_is_noticed(rng, size):
+    x = rng.standard_normal((size, 1)).astype(np.float32)
+    for value in range(size):
+        _, cache = bn_cy.frozen_forward(x, [0.0], [1.0])
+        x[value] += 1
+        with pytest.raises(RuntimeError, match=r"^x was changed"):
+            batchnorm_backward(x, cache)
+
+
+def test_an_x_that_was_copied_may_change(rng):
+    x = rng.standard_normal((20, 6)).astype(np.float32)[:, ::2]
+    _, cache = batchnorm_forward(x)
+    x *= 2
+    batchnorm_backward(x, cache)
