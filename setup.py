@@ -5,11 +5,12 @@ Environment variables that change the build:
 BN_CY_OPENMP=0       no OpenMP: every kernel runs in one thread
 BN_CY_SANITIZE=1     GCC's address sanitizer watches every access (run with its libasan preloaded)
 BN_CY_BOUNDSCHECK=1  every index of a typed memoryview is checked; 6 to 13 times slower
-BN_CY_LINETRACE=1    line tracing, for the coverage of the .pyx files
+BN_CY_COVERAGE=1     GCC counts how often each line of Cython runs, for gcov
 CC, CFLAGS, ...      as for every setuptools build
 """
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -25,7 +26,7 @@ SHARED = "bn_cy._cyutility"  # Cython's own code, such as memoryviews, once for 
 SERIAL = os.environ.get("BN_CY_OPENMP", "") == "0"
 SANITIZE = os.environ.get("BN_CY_SANITIZE", "") not in ("", "0")
 BOUNDSCHECK = os.environ.get("BN_CY_BOUNDSCHECK", "") not in ("", "0")
-LINETRACE = os.environ.get("BN_CY_LINETRACE", "") not in ("", "0")
+COVERAGE = os.environ.get("BN_CY_COVERAGE", "") not in ("", "0")
 
 DIRECTIVES = {
     "language_level": 3,
@@ -33,7 +34,6 @@ DIRECTIVES = {
     "wraparound": False,
     "initializedcheck": False,
     "cdivision": True,
-    "linetrace": LINETRACE,
 }
 
 # Contraction into FMA and reassociation would give every instruction set its own rounding.
@@ -41,8 +41,11 @@ GCC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
 # What a special build adds; without one there is no debug information, two thirds of a wheel.
-SANITIZER_FLAGS = ["-fsanitize=address"] if SANITIZE else []
-SPECIAL_FLAGS = SANITIZER_FLAGS + (["-g1"] if SANITIZE or LINETRACE else ["-g0"])
+# Above -O1 a compiler counts for one line what it has moved to another.
+LINKED_FLAGS = ["-fsanitize=address"] if SANITIZE else []
+LINKED_FLAGS += ["--coverage"] if COVERAGE else []
+SPECIAL_FLAGS = LINKED_FLAGS + (["-g1"] if LINKED_FLAGS else ["-g0"])
+SPECIAL_FLAGS += ["-O1"] if COVERAGE else []
 SPECIAL_FLAGS += ["-DBN_CY_BOUNDSCHECK"] if BOUNDSCHECK else []
 
 # Each if the compiler takes it. GCC gives up on loops over eight rows of doubles, which might
@@ -130,15 +133,13 @@ def configure(ext, flags, openmp, variants):
     """Give one module its flags, and tell it by macros how the package is being built."""
     compile_flags, link_flags = openmp or ([], [])
     ext.extra_compile_args = flags + compile_flags
-    ext.extra_link_args = link_flags + SANITIZER_FLAGS
+    ext.extra_link_args = link_flags + LINKED_FLAGS
     ext.define_macros = [
         ("BN_CY_FLAGS", c_string(ext.extra_compile_args)),
         ("BN_CY_VARIANTS", c_string(variants)),
     ]
     if openmp:
         ext.define_macros.append(("BN_CY_OPENMP", "1"))
-    if LINETRACE:
-        ext.define_macros.append(("CYTHON_TRACE_NOGIL", "1"))
 
 
 def c_string(words):
@@ -193,9 +194,24 @@ class BuildExtensions(build_ext):
             compiler_directives=DIRECTIVES,
             shared_utility_qualified_name=SHARED,
             nthreads=os.cpu_count() or 1,
+            emit_linenums=COVERAGE,
         )
         for ext, result in zip(self.extensions, translated, strict=True):
             ext.sources = result.sources
+            if COVERAGE:
+                confine_line_numbers(Path(result.sources[0]))
+
+
+def confine_line_numbers(path):
+    """Let a line number of Cython code count for the one line of C below it: whatever else Cython
+    writes would pass for the lines that follow."""
+    lines = []
+    for line in path.read_text().splitlines():
+        below = len(lines) > 1 and re.match(r'#line .*\.(pyx|pxi|pxd)"', lines[-2])
+        if below and not line.startswith("#line"):
+            lines.append(f'#line {len(lines) + 2} "{path.as_posix()}"')
+        lines.append(line)
+    path.write_text("\n".join(lines) + "\n")
 
 
 def extension(source, shared):
@@ -221,7 +237,7 @@ if __name__ == "__main__":
         "serial": SERIAL,
         "sanitize": SANITIZE,
         "boundscheck": BOUNDSCHECK,
-        "linetrace": LINETRACE,
+        "coverage": COVERAGE,
     }
     kind = "-".join(name for name in asked if asked[name]) or "default"
     setup(
