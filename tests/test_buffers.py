@@ -6,9 +6,9 @@ import textwrap
 
 import numpy as np
 import pytest
-from bn_cy._buffers import POOL, Buffer, Pool, memory_limit, relieved
+from bn_cy._buffers import POOL, Buffer, Pool, memory_limit, memory_of_machine, relieved
 
-from bn_cy import batchnorm_forward, clear_buffers
+from bn_cy import batchnorm_forward, clear_buffers, frozen_forward, moments, normalize, show_config
 
 SHAPE = (1024, 256)  # a megabyte of float32
 
@@ -172,3 +172,44 @@ def test_a_call_finds_the_memory_that_the_pool_holds(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("(786432, 64) 0.99999")
+
+
+def given_statistics(function):
+    """Return a call of a function with statistics that need no memory of their own."""
+
+    def call(x):
+        statistics = np.broadcast_to(np.float32(1), x.shape[1:])
+        return function(x, statistics, statistics)
+
+    return call
+
+
+@pytest.mark.skipif(
+    "-fsanitize=address" in show_config(mode="dicts")["flags"],
+    reason="the address sanitizer ends a process that asks for so much",
+)
+@pytest.mark.parametrize(
+    "function",
+    [batchnorm_forward, moments, given_statistics(normalize), given_statistics(frozen_forward)],
+)
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [(2**48, r"\d{17} bytes"), (2**48 + 1, "the statistics of"), (2**61 - 1, "the statistics of")],
+)
+def test_statistics_that_no_memory_holds(function, features, message):
+    """Of an empty array: up to 2^48 features the system is asked, and their bytes do not wrap."""
+    kept = Buffer(1 << 20)
+    del kept
+    with pytest.raises(MemoryError, match=f"no memory for {message}"):
+        function(np.empty((0, features), np.float32))
+    assert bool(POOL.free) == (features > 2**48)  # where it was asked, the pool gave all it had
+
+
+@pytest.mark.parametrize("fault", [AttributeError, ValueError, OSError])
+def test_memory_of_a_machine_that_does_not_tell(monkeypatch, fault):
+    def sysconf(name):
+        raise fault
+
+    assert memory_of_machine() > 0
+    monkeypatch.setattr("os.sysconf", sysconf, raising=False)
+    assert memory_of_machine() == 4 << 30

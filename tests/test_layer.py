@@ -1022,6 +1022,11 @@ def test_repr_is_the_expression_of_such_a_layer(change):
     assert repr(layer).endswith({"eval": ".eval()", "freeze": ".freeze()", "train": ")"}[change])
 
 
+def test_a_batch_without_the_feature_axis_is_refused():
+    with pytest.raises(ValueError, match=r"axis must be from -2 to 1 for x of shape \(7, 5\)"):
+        BatchNorm(5, axis=3)(np.ones((7, 5), np.float32))
+
+
 def test_a_batch_of_channels_last_is_hinted_at(rng):
     with pytest.raises(ValueError, match=r"features along axis 1.*last axis: axis=-1"):
         BatchNorm(5)(np.ones((7, 3, 5), np.float32))

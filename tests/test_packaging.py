@@ -55,6 +55,11 @@ def test_configuration_is_printed(capsys):
         assert fact in printed
 
 
+def test_a_configuration_of_no_known_mode_is_refused():
+    with pytest.raises(ValueError, match=r"mode must be .*, got 'json'"):
+        bn_cy.show_config(mode="json")
+
+
 def test_flags_leave_floating_point_alone():
     flags = bn_cy.show_config(mode="dicts")["flags"].split()
     assert "-ffast-math" not in flags

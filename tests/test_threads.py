@@ -17,6 +17,7 @@ import pytest
 from bn_cy import (
     BatchNorm,
     _dispatch,
+    _threads,
     batchnorm_backward,
     batchnorm_forward,
     get_num_threads,
@@ -343,6 +344,14 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
     assert pool.map(step, range(4)) == [expected] * 4
 print("done")
 """
+
+
+def test_a_forked_child_has_one_thread(monkeypatch, threads):
+    """What `register_at_fork` calls in it: an OpenMP runtime does not survive a fork."""
+    set_num_threads(5)
+    monkeypatch.setattr(_threads, "_forked", False)
+    _threads._stay_serial()
+    assert get_num_threads() == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")

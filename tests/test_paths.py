@@ -1,0 +1,192 @@
+"""Every way in which an array is walked, with every kind of data that takes another turn there.
+
+A path is a shape, a number of threads, and whether outputs go past the cache; `plan.pxi` and
+`schedule.pxi` draw them. Data take another turn where a shift is far from the mean, where sums
+overflow or squares lose digits, and where a ReLU opens or closes. The reference is in 80 bits.
+"""
+
+import numpy as np
+import pytest
+from exact import TOLERANCE, parameters
+from test_accuracy import BOUNDS, step_errors
+
+from bn_cy import (
+    batchnorm_backward,
+    batchnorm_forward,
+    frozen_forward,
+    functional,
+    moments,
+    set_num_threads,
+)
+
+PRECISE = TOLERANCE[np.dtype(np.float64)]
+BOUNDS64 = {"y": PRECISE, "dx": PRECISE, "dbeta": PRECISE, "dgamma": PRECISE}
+BOUNDS64 |= {"var": 1e-12, "mean": 2e-8}  # at an offset of 1e8, which is the last digit's
+
+PATHS = [  # shape, axis, threads
+    ((3000, 7), 1, 1),  # rows merged far
+    ((64, 200), 1, 1),  # in pairs
+    ((16, 1100), 1, 1),  # wide rows, two blocks
+    ((2000, 300), 1, 3),  # rows that threads share
+    ((2000, 21), 1, 2),  # merged ones
+    ((28, 50), 1, 1),  # few values: moments in double
+    ((40, 23, 7, 7), 1, 1),  # columns of images
+    ((200, 3, 3, 5), 1, 1),  # merged ones
+    ((128, 4, 14, 14), 1, 2),  # that threads share
+    ((2, 3, 300), 1, 1),  # runs
+    ((300, 24), 0, 1),  # a single one of each feature
+    ((2, 3, 9000), 1, 1),  # long ones, cut
+    ((2, 3, 20000), 1, 2),  # that threads share
+]
+RUNS = 8320  # eight rows of 65 lines: a run of so many and a few values has these for a tail
+
+over_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+over_paths = pytest.mark.parametrize(("shape", "axis", "threads"), PATHS)
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """Leave the number of threads and the way past the cache as they were."""
+    before = functional._stream_from(0)
+    functional._stream_from(before)
+    yield
+    functional._stream_from(before)
+    set_num_threads(None)
+
+
+def check_step(rng, x, dout, axis, threads, eps=0):
+    """Hold a training step against 80 bits, outputs written through the cache and past it."""
+    bounds = BOUNDS if x.dtype == np.float32 else BOUNDS64
+    gamma, beta = parameters(rng, x.shape[axis], x.dtype)
+    assert np.isfinite(x).all()
+    assert np.isfinite(dout).all()
+    set_num_threads(threads)
+    for size in (1 << 60, 0):
+        functional._stream_from(size)
+        errors = step_errors(x, dout, gamma, beta, eps, axis)
+        broken = {name: e for name, e in errors.items() if not e <= bounds[name]}
+        assert not broken, f"of {errors}"
+
+
+def in_layout(rows, shape, axis):
+    """Return rows of features as an array of a shape."""
+    moved = np.moveaxis(np.empty(shape, np.bool_), axis, -1).shape
+    return np.ascontiguousarray(np.moveaxis(rows.reshape(moved), -1, axis))
+
+
+def rows_for(shape, axis):
+    """Return the shape of an array as rows of features."""
+    return np.prod(shape, dtype=int) // shape[axis], shape[axis]
+
+
+# Moments
+
+
+def far_off(rng, x):
+    x[:, ::3] += 1e8 if x.dtype == np.float64 else 1e4
+
+
+def first_an_outlier(rng, x):
+    x[0, 1::3] = 1e5
+
+
+def large(rng, x):
+    """Squares overflow in float32; in float64 their sums come near that."""
+    x *= 1e19 if x.dtype == np.float32 else 1e150
+
+
+def larger(rng, x):
+    """Each square overflows in float32, and sums of x do."""
+    x *= 5e37 / 3 if x.dtype == np.float32 else 1e150
+
+
+def small(rng, x):
+    """Squares have few digits left in float32."""
+    x *= 1e-21 if x.dtype == np.float32 else 1e-150
+
+
+@over_dtypes
+@over_paths
+@pytest.mark.parametrize("kind", [far_off, first_an_outlier, large, larger, small])
+def test_moments_that_are_hard(rng, kind, shape, axis, threads, dtype):
+    rows = np.clip(rng.standard_normal(rows_for(shape, axis)), -3, 3).astype(dtype)
+    kind(rng, rows)
+    dout = rng.standard_normal(rows.shape).astype(dtype) * np.sqrt(rows.std(dtype=np.longdouble))
+    x, dout = (in_layout(a, shape, axis) for a in (rows, dout.astype(dtype)))
+    check_step(rng, x, dout, axis, threads)
+
+
+# Gradient sums
+
+
+@over_paths
+@pytest.mark.parametrize("overflows", ["dbeta", "dgamma"])
+def test_gradient_sums_that_overflow_on_the_way(rng, overflows, shape, axis, threads):
+    """A few values are beyond float32 together, and the second half nearly cancels the first."""
+    count, features = rows_for(shape, axis)
+    x = np.tile(40 * rng.standard_normal((count // 2, features)), (2, 1)).astype(np.float32)
+    dout = np.tile(2e38 * rng.uniform(0.9, 1.1, (count // 2, features)), (2, 1))
+    dout[count // 2 :] *= -1 + 1e-3 * rng.standard_normal((count // 2, features))
+    if overflows == "dgamma":
+        dout *= np.sign(x - x.mean(axis=0))
+    x, dout = (in_layout(a, shape, axis) for a in (x, dout.astype(np.float32)))
+    check_step(rng, x, dout, axis, threads)
+
+
+@over_paths
+def test_gradient_sums_near_the_largest_double(rng, shape, axis, threads):
+    x, dout = (in_layout(rng.standard_normal(rows_for(shape, axis)), shape, axis) for _ in "ab")
+    check_step(rng, x, 1e303 * dout, axis, threads)
+
+
+@over_dtypes
+@pytest.mark.parametrize("tail", [1, 2, 7, 8, 15, 16, 17, 127])
+def test_the_tail_of_a_long_run(rng, tail, dtype):
+    """A single value weighs more than all roundings."""
+    shape = (2, 3, RUNS + tail)
+    x = (3 + rng.standard_normal(shape)).astype(dtype)
+    x[..., RUNS:] += 50
+    check_step(rng, x, (1 + x * rng.standard_normal(shape)).astype(dtype), 1, 1)
+
+
+# A ReLU and a residual: the bits of the same apart, which the tests above hold to their digits
+
+
+def hard_batch(rng, shape, axis, dtype):
+    """Return a batch of ordinary, far, constant and outlying features, a gradient that overflows
+    in float32 for some, a residual, and parameters of both signs."""
+    rows = rows_for(shape, axis)
+    x, dout, residual = (rng.standard_normal(rows).astype(dtype) for _ in range(3))
+    x[:, 1::4] += 1e4
+    x[:, 2::8] = 0.1
+    x[0, 3::4] = 1e6
+    dout[:, ::3] = 1e38 * np.clip(dout[:, ::3], -3, 3)
+    gamma, beta = parameters(rng, rows[1], dtype)
+    gamma[::2] *= -1
+    return [in_layout(a, shape, axis) for a in (x, dout, residual)], gamma, beta
+
+
+@over_dtypes
+@over_paths
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("relu", "added"), [(True, False), (False, True), (True, True)])
+def test_a_relu_and_a_residual_on_hard_data(rng, shape, axis, threads, dtype, frozen, relu, added):
+    (x, dout, residual), gamma, beta = hard_batch(rng, shape, axis, dtype)
+    statistics = moments(x, axis=axis)[1:]
+    set_num_threads(threads)
+
+    def forward(**followed):
+        if frozen:
+            return frozen_forward(x, *statistics, gamma, beta, axis=axis, **followed)
+        return batchnorm_forward(x, gamma, beta, axis=axis, **followed)
+
+    y, cache = forward()
+    z = y + residual if added else y
+    opened = np.where(z > 0, dout, 0).astype(dtype) if relu else dout
+    expected = [np.maximum(z, 0) if relu else z, *batchnorm_backward(opened, cache)]
+    y, cache = forward(relu=relu, residual=residual if added else None)
+    found = [y, *batchnorm_backward(dout, cache)]
+    if added:
+        expected.append(opened)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
