@@ -325,15 +325,6 @@ def test_few_distinct_values_and_a_gradient_of_one_near_the_mean(rng, kind):
     assert dgamma_error(dgamma, dout, x, 1) <= SUMS
 
 
-@pytest.mark.parametrize("overflows", ["dbeta", "dgamma"])
-def test_gradients_whose_sums_overflow_on_the_way(rng, overflows):
-    x = 4 * rng.standard_normal((16, 50))
-    x[8:] = x[:8]
-    sign = np.ones_like(x) if overflows == "dbeta" else np.sign(x - x.mean(axis=0))
-    sign[8:] *= -1
-    check_step(rng, x, dout=5e37 * sign * rng.uniform(0.9, 1.1, x.shape))
-
-
 # float32: data on which shifts, signs or orders go wrong
 
 
