@@ -34,7 +34,8 @@ PATHS = [  # shape, axis, threads
     ((200, 3, 3, 5), 1, 1),  # merged ones
     ((128, 4, 14, 14), 1, 2),  # that threads share
     ((2, 3, 300), 1, 1),  # runs
-    ((300, 24), 0, 1),  # a single one of each feature
+    ((10, 3, 27, 19), 1, 1),  # of many images, read side by side
+    ((24, 300), 0, 1),  # a single one of each feature
     ((2, 3, 9000), 1, 1),  # long ones, cut
     ((2, 3, 20000), 1, 2),  # that threads share
 ]
@@ -91,13 +92,13 @@ def first_an_outlier(rng, x):
 
 
 def large(rng, x):
-    """Squares overflow in float32; in float64 their sums come near that."""
-    x *= 1e19 if x.dtype == np.float32 else 1e150
+    """Sums of squares overflow in float32, and few squares do."""
+    x *= 1e19 if x.dtype == np.float32 else 1e100
 
 
 def larger(rng, x):
-    """Each square overflows in float32, and sums of x do."""
-    x *= 5e37 / 3 if x.dtype == np.float32 else 1e150
+    """All squares overflow in float32, and sums of x do; in float64 sums of squares come near."""
+    x *= 5e37 if x.dtype == np.float32 else 1e151
 
 
 def small(rng, x):
@@ -119,17 +120,34 @@ def test_moments_that_are_hard(rng, kind, shape, axis, threads, dtype):
 # Gradient sums
 
 
-@over_paths
-@pytest.mark.parametrize("overflows", ["dbeta", "dgamma"])
-def test_gradient_sums_that_overflow_on_the_way(rng, overflows, shape, axis, threads):
-    """A few values are beyond float32 together, and the second half nearly cancels the first."""
+def outliers_and_gradient(rng, count, features, overflows):
+    """Return half a batch in which every feature has a value far above the others and one far
+    below, and a gradient whose sums leave float32: one of them, and the other does not."""
+    x = rng.standard_normal((count, features))
+    x[0], x[count // 3] = 1e3, -1e3
+    far = np.abs(x) > 100
+    if overflows == "dgamma":  # the product of a far value alone
+        return x, np.where(far, 1.6e38 * np.sign(x), 1e34 * rng.standard_normal(x.shape))
+    return x, np.where(far, 0, 2e38 * rng.uniform(0.9, 1.1, x.shape))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "threads", "overflows"),
+    [
+        (*path, overflows)
+        for path in PATHS
+        for overflows in ("dbeta", "dgamma")
+        # Of fewer values none is so many deviations from the mean.
+        if overflows == "dbeta" or rows_for(*path[:2])[0] >= 100
+    ],
+)
+def test_gradient_sums_that_overflow_on_the_way(rng, shape, axis, threads, overflows):
+    """The second half of the batch nearly takes back what the first gives."""
     count, features = rows_for(shape, axis)
-    x = np.tile(40 * rng.standard_normal((count // 2, features)), (2, 1)).astype(np.float32)
-    dout = np.tile(2e38 * rng.uniform(0.9, 1.1, (count // 2, features)), (2, 1))
+    x, dout = outliers_and_gradient(rng, count // 2, features, overflows)
+    x, dout = (np.concatenate([half, half]) for half in (x, dout))
     dout[count // 2 :] *= -1 + 1e-3 * rng.standard_normal((count // 2, features))
-    if overflows == "dgamma":
-        dout *= np.sign(x - x.mean(axis=0))
-    x, dout = (in_layout(a, shape, axis) for a in (x, dout.astype(np.float32)))
+    x, dout = (in_layout(a.astype(np.float32), shape, axis) for a in (x, dout))
     check_step(rng, x, dout, axis, threads)
 
 
@@ -147,6 +165,33 @@ def test_the_tail_of_a_long_run(rng, tail, dtype):
     x = (3 + rng.standard_normal(shape)).astype(dtype)
     x[..., RUNS:] += 50
     check_step(rng, x, (1 + x * rng.standard_normal(shape)).astype(dtype), 1, 1)
+
+
+@over_dtypes
+@over_paths
+@pytest.mark.parametrize("where", ["x", "dout"])
+def test_a_value_that_is_not_finite_stays_in_its_feature(rng, where, shape, axis, threads, dtype):
+    given = {
+        name: rng.standard_normal(rows_for(shape, axis)).astype(dtype) for name in ("x", "dout")
+    }
+    set_num_threads(threads)
+
+    def step():
+        x, dout = (in_layout(rows, shape, axis) for rows in given.values())
+        y, cache = batchnorm_forward(x, np.ones(shape[axis]), np.zeros(shape[axis]), axis=axis)
+        dx, dgamma, dbeta = batchnorm_backward(dout, cache)
+        by_feature = [np.moveaxis(a, axis, 0) for a in (y, dx)]
+        return [*by_feature, cache.mean, cache.var, dgamma, dbeta]
+
+    before = step()
+    feature, bad = rng.integers(shape[axis]), rng.choice([np.nan, np.inf, -np.inf])
+    given[where][rng.integers(len(given[where])), feature] = bad
+    after = step()
+    others = np.arange(shape[axis]) != feature
+    for one, other in zip(before, after, strict=True):
+        assert one[others].tobytes() == other[others].tobytes()
+    spoiled = after[2:5] if where == "x" else after[4:]
+    assert not np.isfinite([after[1][feature].min(), *(a[feature] for a in spoiled)]).any()
 
 
 # A ReLU and a residual: the bits of the same apart, which the tests above hold to their digits
