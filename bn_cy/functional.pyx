@@ -29,6 +29,7 @@ from bn_cy._threads import get_num_threads
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport INFINITY
+from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from bn_cy._buffers import POOL, clear_buffers
@@ -240,24 +241,32 @@ def batchnorm_forward(
 
 
 def _training_forward(
-    x, running_mean, running_var, double weight, bint unbiased, bint nonfinite, gamma, beta, eps,
-    axis, out, bint relu, residual
+    x, running_mean, running_var, tracked, momentum, bint unbiased, bint nonfinite, gamma, beta,
+    eps, axis, out, bint relu, residual
 ):
-    """`batchnorm_forward` that also updates running statistics, unless the batch is empty or, if
-    `nonfinite` is false, has a variance that is not finite. Returns whether it did, too."""
+    """`batchnorm_forward` that also updates running statistics and counts the batch in `tracked`,
+    unless it is empty or, if `nonfinite` is false, has a variance that is not finite. Returns
+    whether it did, too. An interrupt is raised by the caller: it comes before all of it or after.
+    """
     cdef Cache cache = measured_cache(x, axis)
     cdef Running running
+    cdef int64_t *count = NULL
     cdef Memory memory
     memory.held = 0
+    running.updated = False
     try:  # held before anything is written: a refused call changes nothing
         running.mean = cache.batch.running(&memory, "running_mean", running_mean)
         running.var = cache.batch.running(&memory, "running_var", running_var)
-        running.weight, running.nonfinite, running.updated = weight, nonfinite, False
+        count = <int64_t *>hold(&memory, "num_batches_tracked", tracked).buf
+        running.weight = 1 / <double>(count[0] + 1) if momentum is None else momentum
+        running.nonfinite = nonfinite
         running.correction = cache.values / (cache.values - 1) if unbiased else 1
         if isinstance(out, np.ndarray):
             refuse_overlaps(out, hold(&memory, "out", out), &memory, 2, "the running statistics")
         y = run_forward(cache, x, gamma, beta, eps, out, relu, residual, True, &running, True)
     finally:
+        if running.updated:
+            count[0] += 1
         release(&memory)
     return y, cache, running.updated
 

@@ -149,7 +149,7 @@ class BatchNorm:
             if track_running_stats
             else {}
         )
-        self.num_batches_tracked = 0
+        self._tracked = np.zeros((), np.int64)
         self._cache, self._cached_mode = None, True
         self._lock = threading.Lock()
 
@@ -171,7 +171,15 @@ class BatchNorm:
     running_mean = entry("_running", "running_mean", "The running mean, or None.")
     running_var = entry("_running", "running_var", "The running variance, or None.")
     momentum = checked("momentum", checked_momentum, "Weight of the new batch, or None.")
-    num_batches_tracked = checked("num_batches_tracked", checked_tracked, "Batches seen.")
+
+    @property
+    def num_batches_tracked(self):
+        """Batches counted in the running statistics."""
+        return self._tracked.item()
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, value):
+        self._tracked[()] = checked_tracked(value)
 
     @property
     def track_running_stats(self):
@@ -332,10 +340,11 @@ class BatchNorm:
             ``weight``, ``bias``, ``running_mean``, ``running_var`` and ``num_batches_tracked``,
             as far as the layer has them.
         """
-        state = {name: array.copy() for name, array in self._state_arrays().items()}
+        arrays = self._state_arrays()
         if self._running:
-            state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
-        return state
+            arrays["num_batches_tracked"] = self._tracked
+        with self._lock:
+            return {name: array.copy() for name, array in arrays.items()}
 
     def load_state_dict(self, state, *, prefix=""):
         """Load what `state_dict` of this class or of ``torch.nn.BatchNorm*d`` gave: all or nothing.
@@ -378,10 +387,13 @@ class BatchNorm:
                 array[...] = loaded[name]
 
     def __getstate__(self):
-        """Everything but the cached batch and the lock."""
+        """Everything but the cached batch and the lock; copies of what a training step updates."""
         state = {**self.__dict__, "version": PICKLE_VERSION, "_cache": None}
         del state["_lock"]
-        return state | {name: dict(state[name]) for name in ("_params", "_running", "grads")}
+        with self._lock:
+            state["_tracked"] = self._tracked.copy()
+            state["_running"] = {name: array.copy() for name, array in self._running.items()}
+        return state | {name: dict(state[name]) for name in ("_params", "grads")}
 
     def __setstate__(self, state):
         """Restore a layer; ValueError if a later version of bn_cy has written it."""
@@ -427,14 +439,15 @@ class BatchNorm:
         One thread at a time: the count, the weight and the update belong together.
         """
         mean, var = self._running["running_mean"], self._running["running_var"]
+        if residual is not None:  # nobody else's code runs under the lock
+            residual = as_plain("residual", residual)
         with self._lock:
-            tracked = self._num_batches_tracked + 1
-            weight = 1 / tracked if self._momentum is None else self._momentum
             y, cache, counted = functional._training_forward(
                 x,
                 mean,
                 var,
-                weight,
+                self._tracked,
+                self._momentum,
                 self.unbiased,
                 self._on_nonfinite == "update",
                 gamma,
@@ -445,8 +458,6 @@ class BatchNorm:
                 self.relu,
                 residual,
             )
-            if counted:
-                self._num_batches_tracked = tracked
         if not counted and not cache.empty and self._on_nonfinite == "raise":
             self._cache = None  # a backward would give the gradient of the batch before
             wrong = np.flatnonzero(~np.isfinite(cache.var))

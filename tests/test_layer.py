@@ -873,11 +873,12 @@ def test_a_forward_that_cannot_update_changes_nothing(rng):
 @pytest.mark.parametrize("unfit", [None, np.zeros(4), np.zeros(5, np.float32), np.zeros(10)[::2]])
 def test_running_statistics_are_checked_where_they_are_written(rng, unfit):
     x, _ = batch(rng)
+    tracked = np.zeros((), np.int64)
+    rest = 0.1, True, True, None, None, 1e-5, 1, None, False, None
     for statistics in ((unfit, np.ones(5)), (np.zeros(5), unfit)):
         with pytest.raises((TypeError, ValueError)):
-            functional._training_forward(
-                x, *statistics, 0.1, True, True, None, None, 1e-5, 1, None, False, None
-            )
+            functional._training_forward(x, *statistics, tracked, *rest)
+    assert tracked == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Threads, instruction sets and processes: the same bits, the GIL, forks, limits."""
+"""Threads and instruction sets: the same bits, the GIL, limits, stacks."""
 
 import os
 import platform
@@ -291,71 +291,9 @@ def test_the_small_stacks_of_musl_are_enough(rng, python):
     assert result.stdout.split() == ["done"], result.stderr
 
 
-# Forks
-
-FORK = """
-import os, sys, warnings
-import numpy as np
-import bn_cy
-
-warnings.simplefilter("ignore", DeprecationWarning)  # of a fork of a process with threads
-bn_cy.set_num_threads(2)
-bn_cy.functional._stream_from(0)  # wide rows past the cache, which a single thread walks by cells
-x = np.random.default_rng({seed}).standard_normal((1000, 1100)).astype(np.float32)
-
-
-def step():
-    y, cache = bn_cy.batchnorm_forward(x, np.ones(1100), np.zeros(1100))
-    dx, dgamma, dbeta = bn_cy.batchnorm_backward(x, cache)
-    return np.concatenate([y.ravel(), dx.ravel(), dgamma, dbeta])
-
-
-expected = step()
-child = os.fork()
-if child == 0:
-    same = np.array_equal(step(), expected)
-    grandchild = os.fork()
-    if grandchild == 0:
-        os._exit(0 if np.array_equal(step(), expected) else 1)
-    _, status = os.waitpid(grandchild, 0)
-    os._exit(0 if same and status == 0 else 1)
-_, status = os.waitpid(child, 0)
-assert status == 0, status
-assert np.array_equal(step(), expected)
-print("done")
-"""
-
-POOL = """
-import multiprocessing, warnings
-import numpy as np
-import bn_cy
-
-warnings.simplefilter("ignore", DeprecationWarning)  # of a fork of a process with threads
-bn_cy.set_num_threads(2)
-x = np.random.default_rng({seed}).standard_normal((20000, 64)).astype(np.float32)
-
-
-def step(_):
-    return float(np.abs(bn_cy.batchnorm_forward(x)[0]).sum())
-
-
-expected = step(0)
-with multiprocessing.get_context("fork").Pool(2) as pool:
-    assert pool.map(step, range(4)) == [expected] * 4
-print("done")
-"""
-
-
 def test_a_forked_child_has_one_thread(monkeypatch, threads):
     """What `register_at_fork` calls in it: an OpenMP runtime does not survive a fork."""
     set_num_threads(5)
     monkeypatch.setattr(_threads, "_forked", False)
     _threads._stay_serial()
     assert get_num_threads() == 1
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-@pytest.mark.parametrize("code", [FORK, POOL], ids=["fork", "pool"])
-def test_a_forked_child_computes(rng, python, code):
-    result = python("-c", code.format(seed=int(rng.integers(2**32))))
-    assert result.stdout.split() == ["done"], result.stderr
