@@ -1,7 +1,5 @@
 """`BatchNorm`: batch normalization as a layer, with parameters, running statistics and modes."""
 
-import threading
-
 import numpy as np
 
 from bn_cy import functional
@@ -18,6 +16,7 @@ from bn_cy._attributes import (
     fixed,
     places,
 )
+from bn_cy._forks import lock_of
 from bn_cy._layout import as_float_dtype, as_index, as_plain
 
 __all__ = ["BatchNorm"]
@@ -151,7 +150,7 @@ class BatchNorm:
         )
         self._tracked = np.zeros((), np.int64)
         self._cache, self._cached_mode = None, True
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
 
     params = fixed("params", "The parameters by name; what is assigned is copied into them.")
     num_features = fixed("num_features", "Length of the feature axis.")
@@ -405,7 +404,7 @@ class BatchNorm:
                 f"and this bn_cy reads version {PICKLE_VERSION}"
             )
         arrays = {name: Arrays(state[name]) for name in ("_params", "_running")}
-        self.__dict__.update(state, **arrays, _lock=threading.Lock())
+        self.__dict__.update(state, **arrays, _lock=lock_of(self))
 
     def __repr__(self):
         """As the expression that makes such a layer."""

@@ -187,6 +187,154 @@ def test_a_fork_while_other_threads_are_inside_calls(run):
     """)
 
 
+# Batches whose statistics say which it was: mean k, variance k^2 over 2 of 2 values, in each of so
+# many features that the update of the running ones is a good part of a step.
+TRAINING = """
+WIDTH = 1 << 18
+batches = [k * np.repeat([[1], [3]], WIDTH, 1).astype(np.float32) / 2 for k in range(1, 5)]
+
+
+def is_whole(layer):
+    "Whether all features have seen the same batch, and it was counted."
+    mean, var = layer.running_mean, layer.running_var
+    return np.all(mean == mean[0]) and np.all(var == mean[0] ** 2 / 2)
+
+
+def train():
+    while not stopped.is_set():
+        for x in batches:
+            for layer in layers:
+                layer(x)
+
+
+def new_layer():
+    layer = bn_cy.BatchNorm(WIDTH, momentum=1)
+    layer(batches[0])
+    assert is_whole(layer)
+    return layer
+
+
+stopped = threading.Event()
+layers = [new_layer(), new_layer()]
+worker = threading.Thread(target=train)
+"""
+
+
+@needs_fork
+def test_a_fork_while_layers_are_trained(run):
+    """The child has each layer as it was between two batches, and can use it."""
+    run(
+        """
+        def use():
+            whole = all(is_whole(layer) for layer in layers)
+            for layer in layers:
+                layer(batches[2])
+                layer.reset_running_stats()
+            thread = threading.Thread(target=layers[0], args=(batches[3],))
+            thread.start()
+            thread.join()
+            grandchild = exit_status(lambda: layers[0](batches[1]).any())
+            return whole and grandchild == 0
+
+
+        worker.start()
+        try:
+            statuses = [exit_status(use) for _ in range(20)]
+        finally:
+            stopped.set()
+        assert not any(statuses), statuses
+        worker.join()
+        counts = [layer.num_batches_tracked for layer in layers]
+        layers[0](batches[0])
+        assert layers[0].num_batches_tracked == counts[0] + 1
+        print("done")
+        """,
+        start=START + TRAINING,
+    )
+
+
+@needs_fork
+def test_forks_in_several_threads_at_once(run):
+    run(
+        """
+        def fork():
+            for _ in range(5):
+                statuses.append(exit_status(lambda: layers[0](batches[2]).any()))
+
+
+        statuses = []
+        forks = [threading.Thread(target=fork) for _ in range(3)]
+        worker.start()
+        for thread in forks:
+            thread.start()
+        for thread in forks:
+            thread.join()
+        stopped.set()
+        assert statuses == [0] * 15, statuses
+        print("done")
+        """,
+        start=START + TRAINING,
+    )
+
+
+@needs_fork
+def test_a_signal_handler_forks_while_its_thread_trains(run):
+    """Wherever it comes in: the thread itself may have the layer's lock."""
+    run(
+        """
+        def handle(*_):
+            statuses.append(exit_status(lambda: layers[0](batches[2]).any()))
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+
+        statuses = []
+        signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        while len(statuses) < 20:
+            layers[0](batches[1])
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        assert not any(statuses), statuses
+        print("done")
+        """,
+        start=START + TRAINING,
+    )
+
+
+@needs_fork
+def test_layers_that_are_gone_do_not_delay_a_fork(run):
+    run("""
+        from bn_cy import _forks
+
+        layers = [bn_cy.BatchNorm(3) for _ in range(100)]
+        assert len(_forks._layers) == 100
+        del layers
+        assert len(_forks._layers) == 0
+        print("done")
+    """)
+
+
+def test_a_state_that_is_read_while_a_layer_is_trained(run):
+    """state_dict, pickles and copies hold one state, not halves of two."""
+    run(
+        """
+        import copy, pickle, types
+
+        worker.start()
+        try:
+            for _ in range(100):
+                state = layers[0].state_dict()
+                assert is_whole(types.SimpleNamespace(**state))
+            for _ in range(20):
+                assert is_whole(copy.copy(layers[0]))
+                assert is_whole(pickle.loads(pickle.dumps(layers[1])))
+        finally:
+            stopped.set()
+        print("done")
+        """,
+        start=START + TRAINING,
+    )
+
+
 # Interrupts
 
 
