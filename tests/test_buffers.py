@@ -1,5 +1,6 @@
 """The pool of output buffers: recycled as soon as nobody holds them, never before."""
 
+import ctypes
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,17 @@ import numpy as np
 import pytest
 from bn_cy._buffers import POOL, Buffer, Pool, memory_limit, memory_of_machine, relieved
 
-from bn_cy import batchnorm_forward, clear_buffers, frozen_forward, moments, normalize, show_config
+from bn_cy import (
+    BatchNorm,
+    batchnorm_forward,
+    clear_buffers,
+    frozen_forward,
+    gradient_sums,
+    input_gradient,
+    moments,
+    normalize,
+    show_config,
+)
 
 SHAPE = (1024, 256)  # a megabyte of float32
 
@@ -33,9 +44,31 @@ def test_memory_that_nobody_holds_serves_the_next_output(x):
     assert address(batchnorm_forward(x)[0]) == first
 
 
-@pytest.mark.parametrize(
-    "keep", [lambda y: y, lambda y: y[::2, 3], memoryview, lambda y: y.T.reshape(-1)[5:]]
-)
+class Interface:
+    """Holds an array for what is made of its `__array_interface__`."""
+
+    def __init__(self, array):
+        self.array, self.__array_interface__ = array, array.__array_interface__
+
+
+KEEPERS = {
+    "array": lambda y: y,
+    "view": lambda y: y[::2, 3],
+    "view of a view": lambda y: y.T.reshape(-1)[5:].reshape(-1, 1),
+    "memoryview": memoryview,
+    "slice of a memoryview": lambda y: memoryview(y)[3:700:5],
+    "cast memoryview": lambda y: memoryview(y).cast("B"),
+    "other dtype": lambda y: y.view(np.uint32),
+    "array interface": lambda y: np.asarray(Interface(y)),
+    "dlpack": np.from_dlpack,
+    "frombuffer": lambda y: np.frombuffer(y, np.uint8, 1000, 64),
+    "ctypes": lambda y: (ctypes.c_float * y.size).from_buffer(y),
+    "base": lambda y: memoryview(y.base),
+    "iterator": lambda y: y.flat,
+}
+
+
+@pytest.mark.parametrize("keep", KEEPERS.values(), ids=KEEPERS.keys())
 def test_memory_that_somebody_holds_is_left_alone(x, keep):
     y, _ = batchnorm_forward(x)
     kept = keep(y)
@@ -43,7 +76,38 @@ def test_memory_that_somebody_holds_is_left_alone(x, keep):
     del y
     others = [batchnorm_forward(x + 1)[0] for _ in range(3)]
     assert len({address(other) for other in others}) == 3
-    np.testing.assert_array_equal(kept, before)
+    np.testing.assert_array_equal(np.array(kept), before)
+
+
+def test_results_that_anybody_holds_are_never_written_again(rng):
+    """Of every call that returns a fresh array, held and let go at random."""
+    x, dout, skip = rng.standard_normal((3, *SHAPE), np.float32)
+    layer = BatchNorm(SHAPE[1], relu=True)
+    _, mean, var = moments(x)
+    sums = gradient_sums(dout, x, mean, var)
+
+    def step(rows):
+        y = layer(x[:rows], residual=skip[:rows])
+        return [y, *layer.backward(dout[:rows])]
+
+    calls = [
+        step,
+        lambda rows: [normalize(x[:rows], mean, var)],
+        lambda rows: [frozen_forward(x[:rows], mean, var)[0]],
+        lambda rows: [input_gradient(dout[:rows], x[:rows], mean, var, None, 0.1, *sums, rows)],
+    ]
+    kept = []
+    reused = set()
+    for _ in range(300):
+        x += 1
+        results = calls[rng.integers(len(calls))](int(rng.integers(800, SHAPE[0])))
+        reused |= {address(result) for result in results}
+        views = [result[rng.integers(7) :: 7] for result in results]
+        kept += [(view, view.copy()) for view in views]
+        kept = [(view, copy) for view, copy in kept if rng.random() < 0.7]
+        for view, copy in kept:
+            np.testing.assert_array_equal(view, copy)
+    assert len(reused) < 100  # else this would hold whatever the pool did
 
 
 def test_pool_takes_the_last_free_block_of_the_size():

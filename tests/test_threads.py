@@ -182,6 +182,78 @@ print(*counts)
     assert result.stdout.split() == ["3", "1", "3"], result.stderr
 
 
+# The threads that a call really uses
+
+USED = """
+import os, time
+from pathlib import Path
+import numpy as np
+import bn_cy
+
+rng = np.random.default_rng({seed})
+x, dout = rng.standard_normal((2, 1024, 640)).astype(np.float32)
+out = np.empty_like(x)
+count, mean, var = bn_cy.moments(x)
+_, cache = bn_cy.batchnorm_forward(x, np.ones(640), np.ones(640))
+sums = bn_cy.gradient_sums(dout, x, mean, var)
+layer = bn_cy.BatchNorm(640)
+few = x[:10]
+calls = [
+    lambda: bn_cy.batchnorm_forward(x, out=out),
+    lambda: bn_cy.batchnorm_backward(dout, cache, out=out),
+    lambda: bn_cy.moments(x),
+    lambda: bn_cy.normalize(x, mean, var, out=out),
+    lambda: bn_cy.frozen_forward(x, mean, var, out=out),
+    lambda: bn_cy.gradient_sums(dout, x, mean, var),
+    lambda: bn_cy.input_gradient(dout, x, mean, var, None, 1e-5, *sums, count, out=out),
+    lambda: layer(x, out=out),
+    lambda: layer.backward(dout, cache=cache, out=out),
+]
+
+
+def worked():
+    "Nanoseconds of a processor that each thread but this one has had, if it sleeps."
+    return {{
+        thread.name: int((thread / "schedstat").read_text().split()[0])
+        for thread in Path("/proc/self/task").iterdir()
+        if thread.name != str(os.getpid())
+    }}
+
+
+def helpers_during(function):
+    before = worked()
+    function()
+    return sum(before.get(thread) != time for thread, time in worked().items())
+
+
+def used(call):
+    "How many threads worked while a call ran, the caller among them."
+    while helpers_during(lambda: time.sleep(0.02)):
+        pass  # a thread of an earlier call is still about to sleep
+    return 1 + helpers_during(lambda: [call(), time.sleep(0.005)])
+
+
+assert used(lambda: sum(range(100000))) == 1
+for asked in {asked}:
+    bn_cy.set_num_threads(asked)
+    found = [used(call) for call in calls]
+    assert found == [asked or bn_cy.get_num_threads()] * len(calls), (asked, found)
+    assert used(lambda: bn_cy.batchnorm_forward(few)) == 1
+print("done")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's /proc")
+@needs_openmp
+@pytest.mark.parametrize("asked", [[1], [2, 1, 3, 1], [5, 2], [None]])
+def test_a_call_uses_the_threads_that_were_asked_for(rng, python, asked):
+    """Neither more nor fewer, and one where there is little to do."""
+    code = USED.format(seed=int(rng.integers(2**32)), asked=asked)
+    result = python("-c", code, OPENBLAS_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["done"]
+
+
 # Python threads
 
 
