@@ -2,7 +2,12 @@
 
 import importlib.util
 import json
+import os
 import secrets
+import signal
+import subprocess
+import sys
+import textwrap
 import zlib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -37,6 +42,61 @@ def rng(request):
     """Give a generator that depends on the seed of the run and the name of the test alone."""
     test = zlib.crc32(request.node.nodeid.encode())
     return np.random.default_rng([request.config.option.seed, test])
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Return a function that runs Python code, or a file, in a process of its own."""
+
+    def run(*arguments, **environment):
+        inherited = {
+            k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "BN_CY_ISA")
+        }
+        return subprocess.run(
+            [sys.executable, "-W", "error", *map(str, arguments)],
+            env={**inherited, **environment},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture
+def run(rng, tmp_path):
+    """Return a function that runs a program, in parts, in a process of its own.
+
+    It must end well and say nothing but what is expected; all that it has started ends with it.
+    """
+
+    def run(program, *, start="", rest="", expected="done", **environment):
+        file = tmp_path / "program.py"
+        start = start.format(seed=int(rng.integers(2**32)))
+        file.write_text(f"{start}\n{textwrap.dedent(program)}\n{textwrap.dedent(rest)}")
+        inherited = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", file],
+            env={**inherited, **environment},
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            out, err = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            pytest.fail(f"hangs; it said {out!r} and {err!r}")
+        assert process.returncode == 0, err
+        assert err == ""
+        assert out.split() == expected.split()
+
+    return run
 
 
 def refuse_source_folder():

@@ -1,10 +1,7 @@
 """What a call leaves behind: no references, no memory; and inputs that cannot be written."""
 
 import gc
-import os
-import subprocess
 import sys
-import textwrap
 import types
 import weakref
 from pathlib import Path
@@ -26,26 +23,6 @@ from bn_cy import (
 )
 
 on_linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-
-
-@pytest.fixture
-def run(tmp_path):
-    """Return a function that runs a program in a process of its own."""
-
-    def run(program):
-        inherited = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
-            env=inherited,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == ["done"]
-
-    return run
 
 
 # References
@@ -194,6 +171,7 @@ def test_changing_shapes_do_not_grow(run):
     """100,000 steps: small ones, and now and then one whose results have recycled memory."""
     run("""
         import gc, resource, sys
+        from pathlib import Path
         import numpy as np
         import bn_cy
 
@@ -208,7 +186,7 @@ def test_changing_shapes_do_not_grow(run):
                 layer.backward(x[:rows])
             bn_cy.clear_buffers()
             gc.collect()
-            pages = int(open("/proc/self/statm").read().split()[1])
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
             return pages * resource.getpagesize(), sys.getallocatedblocks()
 
 
@@ -224,12 +202,14 @@ def test_changing_shapes_do_not_grow(run):
 def test_cleared_buffers_go_back_to_the_system(run):
     run("""
         import resource
+        from pathlib import Path
         import numpy as np
         import bn_cy
 
 
         def resident():
-            return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            return pages * resource.getpagesize() >> 20
 
 
         x = np.ones((1 << 18, 64), np.float32)  # 64 MB

@@ -3,12 +3,11 @@
 Each test runs a program in a process of its own, and ends all that it has started if it hangs.
 """
 
+import functools
 import os
-import signal
-import subprocess
 import sys
-import textwrap
 
+import beside
 import pytest
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
@@ -39,34 +38,9 @@ def exit_status(function):
 
 
 @pytest.fixture
-def run(rng, tmp_path):
-    """Return a function that runs a program after START; it must end well and say nothing else."""
-
-    def run(program, *, start=START, expected="done"):
-        file = tmp_path / "program.py"
-        file.write_text(start.format(seed=int(rng.integers(2**32))) + textwrap.dedent(program))
-        inherited = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS",)}
-        process = subprocess.Popen(
-            [sys.executable, "-W", "error", file],
-            env=inherited,
-            cwd=tmp_path,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            out, err = process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its children, too
-            out, err = process.communicate()
-            pytest.fail(f"hangs; it said {out!r} and {err!r}")
-        assert process.returncode == 0, err
-        assert err == ""
-        assert out.split() == expected.split()
-
-    return run
+def run(run):
+    """Return a function that runs a program after START, or after what is given."""
+    return functools.partial(run, start=START)
 
 
 # Forks
@@ -395,6 +369,24 @@ def test_ctrl_c_ends_within_the_running_call(run, rows):
         print("done")
         """,
         start=START + INTERRUPT,
+    )
+
+
+# Another OpenMP runtime in the process: PyTorch's is in tests/peers
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_beside_scikit_learn(run, ours_first):
+    """It brings a runtime of its own: two of them compute in turn, and each keeps its settings."""
+    pytest.importorskip("sklearn")
+    run(
+        """
+        def theirs(x):
+            clusters = KMeans(4, init=x[:4], n_init=1, max_iter=3, algorithm="lloyd")
+            return clusters.fit(x).cluster_centers_
+        """,
+        start=beside.imports("from sklearn.cluster import KMeans", ours_first),
+        rest=beside.IN_TURN,
     )
 
 

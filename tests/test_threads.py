@@ -1,8 +1,6 @@
 """Threads and instruction sets: the same bits, the GIL, limits, stacks."""
 
-import os
 import platform
-import subprocess
 import sys
 import threading
 import time
@@ -45,26 +43,6 @@ def offered_variants():
     lines = cpuinfo.read_text().splitlines()
     flags = set(next(line for line in lines if line.startswith("flags")).split())
     return [variant for variant, needed in FLAGS.items() if needed <= flags]
-
-
-@pytest.fixture
-def python(tmp_path):
-    """Return a function that runs Python code, or a file, in a process of its own."""
-
-    def run(*arguments, **environment):
-        inherited = {
-            k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "BN_CY_ISA")
-        }
-        return subprocess.run(
-            [sys.executable, "-W", "error", *map(str, arguments)],
-            env={**inherited, **environment},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
-    return run
 
 
 @pytest.fixture

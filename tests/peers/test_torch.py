@@ -1,11 +1,15 @@
 """The layer beside PyTorch's modules, in the same process."""
 
+import re
+
+import beside
 import exact
 import numpy as np
 import pytest
 from exact import arrays_within, error
 
 from bn_cy import BatchNorm, batchnorm_backward, batchnorm_forward
+from bn_cy._openmp import SPINS
 
 torch = pytest.importorskip("torch")
 
@@ -168,10 +172,39 @@ def test_tensors_as_input(rng, memory_format):
     assert error(dgamma, expected_dgamma) <= 5e-7
 
 
-def test_two_parallel_runtimes_in_turn(rng):
-    x = exact.ordinary(rng, (20_000, 64), dtype=np.float64)
-    tensor = torch.tensor(x)
-    module = torch.nn.BatchNorm1d(64, affine=False, dtype=torch.float64)
-    layer = BatchNorm(64, scale=False, shift=False, dtype=np.float64)
-    for _ in range(5):
-        assert error(layer(x), module(tensor).numpy()) <= TOLERANCE
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_two_users_of_openmp_in_turn(run, ours_first):
+    """Whichever was imported first, and in a fork."""
+    run(
+        """
+        def theirs(x):
+            tensor = torch.tensor(x, requires_grad=True)
+            y = torch.nn.BatchNorm1d(64, dtype=torch.float64)(tensor)
+            (y**2).sum().backward()
+            return tensor.grad.numpy()
+        """,
+        start=beside.imports("import torch", ours_first),
+        rest=beside.IN_TURN,
+    )
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_a_shared_runtime_spins_as_who_came_first_wants(python, ours_first):
+    """PyTorch's wheel and a build of ours use one libgomp: the first import sets it up."""
+    order = "bn_cy, torch" if ours_first else "torch, bn_cy"
+    told = python("-c", f"import {order}", OMP_DISPLAY_ENV="verbose").stderr
+    spins = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", told)
+    if len(spins) == 1:
+        assert (spins == [SPINS]) == ours_first
+    else:  # a wheel of ours brings its own
+        assert SPINS in spins
+
+
+def test_a_tensor_over_a_result_holds_its_memory(rng):
+    x = exact.ordinary(rng, (2000, 64))
+    y, _ = batchnorm_forward(x)
+    for make in (torch.from_numpy, torch.as_tensor, torch.from_dlpack):
+        tensor = make(batchnorm_forward(x)[0])[3:]
+        for _ in range(5):
+            batchnorm_forward(x + 1)
+        assert np.array_equal(tensor.numpy(), y[3:])
