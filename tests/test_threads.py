@@ -312,6 +312,27 @@ def test_eight_threads_at_once(rng, shape):
             future.result(timeout=120)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_threads_share_what_they_only_read(rng, frozen):
+    """The same arrays, the same cache, and one layer whose running statistics are used."""
+    x = exact.ordinary(rng, (3000, 65))
+    layer = BatchNorm(65)
+    layer(x)
+    layer = layer.freeze() if frozen else layer.eval()
+    _, cache = batchnorm_forward(x)
+
+    def work(_=None):
+        return [layer(x), batchnorm_forward(x)[0], *batchnorm_backward(x, cache)[:1]]
+
+    alone, state = work(), layer.state_dict()
+    with ThreadPoolExecutor(8) as pool:
+        for results in pool.map(work, range(200), timeout=120):
+            for actual, expected in zip(results, alone, strict=True):
+                np.testing.assert_array_equal(actual, expected)
+    for name, value in layer.state_dict().items():
+        np.testing.assert_array_equal(value, state[name])
+
+
 # Stacks
 
 STACK = """
