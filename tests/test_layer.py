@@ -539,6 +539,30 @@ def test_threads_that_train_one_layer_lose_no_batch(rng, momentum):
         np.testing.assert_allclose(layer.running_mean, expected, rtol=1e-12)
 
 
+USES = {
+    "forward": lambda layer, x: layer(x),
+    "state_dict": lambda layer, x: layer.state_dict(),
+    "load_state_dict": lambda layer, x: layer.load_state_dict(BatchNorm(5).state_dict()),
+    "reset_running_stats": lambda layer, x: layer.reset_running_stats(),
+    "pickle": lambda layer, x: pickle.dumps(layer),
+    "copy": lambda layer, x: copy.copy(layer),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+def test_another_thread_waits_for_a_training_forward(rng, use):
+    layer = trained(rng)
+    before = snapshot(layer)
+    worker = threading.Thread(target=use, args=(layer, batch(rng)[0]))
+    with layer._lock:  # as such a forward has it
+        worker.start()
+        worker.join(0.1)
+        assert worker.is_alive()
+        assert_same_state(snapshot(layer), before)
+    worker.join(60)
+    assert not worker.is_alive()
+
+
 def test_eval_of_one_row_and_of_none(rng):
     layer = trained(rng).eval()
     for rows in (1, 0):
