@@ -150,6 +150,8 @@ def is_good(tally, calls):
     enough = tally.calls < ENOUGH or tally.idle <= (1 - FLOOR) * tally.calls
     if not enough:
         print(f"more than {1 - FLOOR:.0%} of the calls could not have failed")
+    if tally.calls < calls:
+        print(f"{calls - tally.calls} calls were not made")
     return enough and not tally.failed and tally.calls == calls
 
 
@@ -158,18 +160,25 @@ def main(arguments=None):
     parser.add_argument("--calls", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=None, help="drawn if not given")
     parser.add_argument("--only", type=int, metavar="K", help="make call K alone, in this process")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        default=len(os.sched_getaffinity(0)),
+        help="processes that make calls; 0: this one, for tools that look into it",
+    )
     args = parser.parse_args(arguments)
     seed = secrets.randbits(32) if args.seed is None else args.seed
     start = time.monotonic()
-    if args.only is None:
-        print(f"seed {seed}", flush=True)
-        calls, tally = args.calls, run(seed, args.calls, args.jobs)
+    calls = range(args.calls) if args.only is None else [args.only]
+    print(f"seed {seed}", flush=True)
+    if args.only is None and args.jobs:
+        tally = run(seed, args.calls, args.jobs)
     else:
-        calls, tally = 1, make_calls(seed, [args.only])
+        tally = make_calls(seed, calls)
         show(seed, tally)
     print(summary(seed, tally, time.monotonic() - start))
-    return 0 if is_good(tally, calls) else 1
+    return 0 if is_good(tally, len(calls)) else 1
 
 
 if __name__ == "__main__":

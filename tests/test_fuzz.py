@@ -260,7 +260,7 @@ def run(*arguments, **more):
 
 
 def test_the_command(request):
-    done = run("--calls", 60, "--seed", request.config.option.seed, "--jobs", 1)
+    done = run("--calls", 60, "--seed", request.config.option.seed, "--jobs", 0)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(
         r"^60 calls of seed \d+ in .*: \d+ could not have failed, 0 failed$", done.stdout, re.M

@@ -55,7 +55,7 @@ class Call:
         if kind == "zeros":
             var[rng.random(p.features) < 0.5] = 0
         if kind == "nan":
-            mean[rng.random(p.features) < 0.2] = np.nan
+            p.source.pick((mean, var))[rng.random(p.features) < 0.2] = np.nan
         self.mean, self.var = p.per_feature("mean", mean), p.per_feature("var", var)
 
     def parameter(self, value, absent):
@@ -91,6 +91,11 @@ class Call:
         got = p.rows(got) if shape == p.shape and np.ndim(expected.value) == 2 else got
         report.close(name, np.asarray(got, wide), expected, dtype)
 
+    def check_statistics(self, got, truth, report):
+        self.check_array("mean", got["mean"], truth.expected_mean(), report, float)
+        self.check_array("var", got["var"], truth.expected_var(), report, float)
+        report.exactly("negative variances", int((got["var"] < 0).sum()), 0)
+
     def check_y(self, got, truth, report, residual=None):
         expected = truth.expected_y(self.scale, self.shift, residual, self.relu)
         self.check_array("y", got, expected, report)
@@ -125,10 +130,7 @@ class Moments(Call):
         report.exactly("count", got["count"], self.problem.count)
         if not self.problem.size:
             return self.check_empty(got, report)
-        truth = self.truth()
-        self.check_array("mean", got["mean"], truth.expected_mean(), report, float)
-        self.check_array("var", got["var"], truth.expected_var(), report, float)
-        report.exactly("negative variances", int((got["var"] < 0).sum()), 0)
+        self.check_statistics(got, self.truth(), report)
 
 
 class Normalize(Call):
@@ -202,7 +204,7 @@ class Step(Normalize):
         y, cache = self.forward()
         dx, dgamma, dbeta, *rest = bn_cy.batchnorm_backward(self.dout, cache, out=self.dx_out)
         got = {"y": y, "dx": dx, "dgamma": dgamma, "dbeta": dbeta}
-        got["mean"], got["var"], got["count"] = cache.mean, cache.var, cache.count
+        got |= {"mean": cache.mean, "var": cache.var, "count": cache.count}
         return got | ({"dresidual": rest[0]} if rest else {})
 
     def check(self, got, report):
@@ -215,6 +217,8 @@ class Step(Normalize):
         if not self.problem.size:
             return self.check_empty({**got, "mean": None, "var": None}, report)
         truth = self.truth(self.frozen)
+        report.exactly("count", got["count"], truth.count)
+        self.check_statistics(got, truth, report)
         self.check_y(got["y"], truth, report, self.added)
         dout = opened(self.upstream, self.problem.rows(got["y"]), self.relu)
         self.check_parameters(got, truth, dout, report)

@@ -176,6 +176,8 @@ def ways_of(call):
         ways += [("count", spoil_count), ("sum_", spoil_sums)] if call.problem.size else []
     if "residual" in has:
         ways += [("residual", spoil_like_x("residual"))]
+        if call.residual is not None and overlaps:
+            ways += [("out", spoil_overlap("out", "residual"))]
         ways += [("out", spoil_shared(name)) for name in ("gamma", "beta")] if overlaps else []
     if "out" in has:
         ways += [("out", spoil_out("out"))]

@@ -100,11 +100,15 @@ class Truth:
 
     def expected_mean(self):
         c = self.limits
+        if not self.measured:
+            return Expected(self.mean, np.zeros_like(self.mean))
         varies = self.var > 0
         bound = c.mean * self.deviation[:, 0] + 2 * HALF_ULP * np.abs(self.mean) * varies
         return Expected(self.mean, bound, slack=self._small(varies, SMALLEST))
 
     def expected_var(self):
+        if not self.measured:
+            return Expected(self.var, np.zeros_like(self.var))
         return Expected(
             self.var, self.limits.var * self.var, slack=self._small(self.var > 0, 4 * SMALLEST)
         )
@@ -150,11 +154,11 @@ class Truth:
         slack = self._small(size > 0, 2 * dout.shape[1] * c.least)
         moved = (np.abs(dout) * (np.abs(self.xhat) + centre)).sum(axis=1)
         left = self.shift_error + 8 * HALF_ULP * self.deviation * self.invstd  # of the mean
-        if self.measured:  # of a constant it is exactly 0
-            moved = np.where(self.var > 0, moved, 0)
         dbeta = self._sum(dout, c.unit * size, slack, promised)
         rounding = c.unit * moved + left[:, 0] * np.abs(dbeta.value)
         slack = slack + self._small(size > 0, SMALLEST * self.invstd[:, 0] * (2 + size))
+        if self.measured:  # of a constant dgamma is exactly 0
+            rounding, slack = (np.where(self.var == 0, 0, a) for a in (rounding, slack))
         dgamma = self._sum(dout * self.xhat, rounding, slack, promised)
         dgamma.infinities = False  # it is a difference of sums
         return dbeta, dgamma
@@ -165,7 +169,7 @@ class Truth:
         value = terms.sum(axis=1)
         root = np.sqrt((terms**2).sum(axis=1))
         bound = c.sums * np.maximum(root, np.abs(value)) + 4 * rounding
-        return Expected(value, bound, c.sums, root, slack, promised)
+        return Expected(value, bound, c.sums, root, slack, promised, terms=number_of(terms))
 
     def expected_dx(self, dout, gamma, sums=None, count=None):
         """gamma*invstd*(dout - dbeta/n - xhat*dgamma/n); the sums may be given, exactly."""

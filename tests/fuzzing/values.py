@@ -18,7 +18,7 @@ def normal(rng, source, shape, kind):
     return unit * (offset + np.clip(rng.standard_normal(shape), -5, 5))
 
 
-def sides(rng, source, shape, kind):
+def uneven(rng, source, shape, kind):
     """Features with means and deviations of their own, of any size, side by side."""
     centres, spreads = rng.standard_normal((2, shape[0], 1))
     centres *= 10.0 ** rng.integers(-2, 5, centres.shape)
@@ -123,7 +123,7 @@ def sized(rng, source, shape, kind):
 
 FEW = (few, counts, constant, subnormal, neighbours, zeros)
 BATCHES = (
-    *(unit, normal, normal, normal, sides, sides, few, counts, ordered, skewed, outlier),
+    *(unit, normal, normal, normal, uneven, uneven, few, counts, ordered, skewed, outlier),
     *(constant, subnormal, neighbours, not_finite),
 )
 CENTRED = (unit, unit, sized, zeros, not_finite)
