@@ -30,8 +30,8 @@ class Call:
 
     @property
     def refused(self):
-        """Whether the call must be refused: one value has no variance."""
-        return False
+        """The argument by which the call must be refused as it was drawn, or None."""
+        return None
 
     def draw_batch(self, affine=True):
         p = self.problem
@@ -48,9 +48,8 @@ class Call:
         mean, var = rng.standard_normal(p.features), rng.uniform(0, 4, p.features)
         kind = p.source.pick(("batch", "batch", "other", "other", "zeros", "nan"))
         if kind == "batch" and p.size:
-            with np.errstate(all="ignore"):
-                near = np.asarray(self.rows[:, : 1 + p.count // 2], float)
-                mean, var = near.mean(axis=1), near.var(axis=1)
+            half = np.asarray(self.rows[:, : 1 + p.count // 2], float)
+            mean, var = half.mean(axis=1), half.var(axis=1)
             mean[~np.isfinite(mean)], var[~np.isfinite(var)] = 0, 1
         if kind == "zeros":
             var[rng.random(p.features) < 0.5] = 0
@@ -62,8 +61,7 @@ class Call:
         """A gamma or a beta as the kernels round it, in 80 bits, a row for each feature."""
         p = self.problem
         value = np.full(p.features, absent) if value is None else np.asarray(value)
-        with np.errstate(over="ignore", under="ignore"):
-            return value.astype(p.dtype).astype(wide)[:, None]
+        return value.astype(p.dtype).astype(wide)[:, None]
 
     @property
     def scale(self):
@@ -182,7 +180,8 @@ class Step(Normalize):
 
     @property
     def refused(self):
-        return not self.frozen and self.problem.count == 1
+        p = self.problem
+        return "x" if p.size and p.count == 1 and not self.frozen else None  # no variance
 
     def forward(self):
         if self.frozen:

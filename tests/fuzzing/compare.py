@@ -34,19 +34,18 @@ class Report:
 
     def close(self, name, got, expected, dtype):
         """Compare numbers: where there are any, how far off, and how far all of them together."""
-        with np.errstate(all="ignore"):
-            value = np.asarray(expected.value, np.longdouble)
-            rounded = value.astype(dtype)
-            slack = np.broadcast_to(expected.slack, value.shape)
-            bound = expected.bound + slack
-            free = self._outside(expected)
-            finite = np.isfinite(rounded)
-            self._pattern(name, got, rounded, free, expected)
-            held = finite & ~free & np.isfinite(got)
-            self._values(name, got[held], value[held], bound[held])
-            self._whole(name, got[held], value[held], slack[held], expected, held)
-            seen = held & (bound < SEEN * np.abs(value))
-            self.checked += int(seen.sum())
+        value = np.asarray(expected.value, np.longdouble)
+        rounded = value.astype(dtype)
+        slack = np.broadcast_to(expected.slack, value.shape)
+        bound = expected.bound + slack
+        free = self._outside(expected)
+        finite = np.isfinite(rounded)
+        self._pattern(name, got, rounded, free, expected)
+        held = finite & ~free & np.isfinite(got)
+        self._values(name, got[held], value[held], bound[held])
+        self._whole(name, got[held], value[held], slack[held], expected, held)
+        seen = held & (bound < SEEN * np.abs(value))
+        self.checked += int(seen.sum())
 
     @staticmethod
     def _outside(expected):

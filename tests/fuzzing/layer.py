@@ -67,6 +67,10 @@ class Layer(Call):
         self.steps = [Drawn(p, i, modes) for i in range(source.integer(1, 3))]
         self.outs = tuple(out for step in self.steps for out in (step.out, step.dx_out))
 
+    @property
+    def refused(self):
+        return None if self.problem.features else "num_features"
+
     def made(self):
         layer = bn_cy.BatchNorm(self.problem.features, **self.options)
         for name, value in self.state.items():

@@ -55,7 +55,7 @@ def draw_shape(source, budgets):
     if kind == "runs" and source.chance(40):
         outer = []
     inner = split(source, parts["inner"]) if "inner" in parts else []
-    return (*outer, max(1, parts["features"]) if outer or inner else 2, *inner), len(outer)
+    return (*outer, parts["features"], *inner), len(outer)
 
 
 class Problem:
@@ -69,7 +69,7 @@ class Problem:
         self.axis = axis - len(self.shape) if source.chance(30) else axis
         self.features = self.shape[axis]
         self.size = int(np.prod(self.shape))
-        self.count = self.size // self.features if self.features else 0
+        self.count = int(np.prod([size for i, size in enumerate(self.shape) if i != axis]))
         self.eps = source.pick((1e-5, 1e-5, 0.0, 1e-3, 1e-12, 1.0))
         self.layout = self._layout()  # often that of all arrays of the call
         self.few = False  # whether x has features of few distinct values
@@ -91,10 +91,9 @@ class Problem:
         """Hold an array of x's shape with contents of one of some kinds."""
         kind = self.source.pick(kinds)
         rows = kind(self.generator, self.source, (self.features, self.count), self.dtype.char)
-        with np.errstate(over="ignore", under="ignore"):
-            rows = rows.astype(self.dtype)
-        front = [size for i, size in enumerate(self.shape) if i != self.place]
-        array = np.moveaxis(rows.reshape(self.features, *front), 0, self.place)
+        others = [size for i, size in enumerate(self.shape) if i != self.place]
+        rows = rows.astype(self.dtype).reshape(self.features, *others)
+        array = np.moveaxis(rows, 0, self.place)
         layout = self._layout(repeated=True)
         if not (layout.repeated or self.source.chance(40)):
             layout = self.layout
@@ -147,8 +146,7 @@ class Problem:
         kind = self.source.pick(kinds)
         if kind == "list":
             return array.tolist()
-        with np.errstate(under="ignore"):
-            array = array.astype(kind)
+        array = array.astype(kind)
         step = self.source.pick((1, 1, 2, -1))
         native = array.astype(array.dtype.newbyteorder("="))
         layout = memory.plain(1, self.source.pick((0, 0, array.itemsize, 1)))
@@ -159,7 +157,7 @@ class Problem:
     def rows(self, array):
         """See an array as (features, values), in 80 bits."""
         rows = np.moveaxis(np.asarray(array), self.place, 0)
-        return rows.reshape(self.features, -1).astype(np.longdouble)
+        return rows.reshape(self.features, self.count).astype(np.longdouble)
 
     def changed(self, *outs):
         """Name the arrays that are not as they were, the values of outputs aside."""

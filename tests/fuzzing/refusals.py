@@ -17,8 +17,7 @@ def other_dtype(array):
 def no_floats(source, array):
     """The same numbers as what is no array of float32 or float64."""
     kind = source.pick(("i4", "f2", "c8", "g", "?", "O"))
-    with np.errstate(all="ignore"):
-        return array.astype(kind) if kind in "gO" else np.zeros(array.shape, kind)
+    return array.astype(kind) if kind in "gO" else np.zeros(array.shape, kind)
 
 
 def misfit(source, array):

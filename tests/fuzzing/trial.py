@@ -31,6 +31,7 @@ class Trial:
         How often, in percent, an argument is spoilt.
     """
 
+    @np.errstate(all="ignore")
     def __init__(self, source, budgets=BUDGETS, kinds=CALLS, spoilt=10):
         self.report = Report()
         spoilt = source.chance(spoilt)
@@ -39,25 +40,23 @@ class Trial:
         self.call = kind(Problem(source, SMALL if spoilt else budgets))
         self.chosen, self.others = draw_settings(source), draw_settings(source)
         twice = source.chance(25)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(np.errstate(all="ignore"))
-            if self.call.refused:
-                self.refuse("x", self.make)
-            elif spoilt:
-                self.spoil(source)
-            else:
-                self.hold(twice)
+        if self.call.refused:
+            self.refuse(self.call.refused, self.make)
+        elif spoilt and self.call.problem.features:
+            self.spoil(source)
+        else:
+            self.hold(twice)
 
     @property
     def idle(self):
         """Whether nothing could have been wrong."""
         return not (self.report.checked or self.report.refused or self.report.faults)
 
-    def make(self, settings_=None):
+    def make(self):
         """Make the call; return its outputs."""
         p = self.call.problem
         memory.litter(p.size * p.dtype.itemsize, p.features * p.dtype.itemsize, p.features * 8)
-        with settings(*(settings_ or self.chosen)):
+        with settings(*self.chosen):
             return self.call.run()
 
     def hold(self, twice):
@@ -68,7 +67,8 @@ class Trial:
         self.call.check(got, self.report)
         if twice:
             self.call.problem.restore()
-            after = bits(self.make(self.others))
+            self.chosen = self.others
+            after = bits(self.make())
             different = [name for name in before if before[name] != after[name]]
             self.report.exactly(f"outputs with other bits by {self.others}", different, [])
 
