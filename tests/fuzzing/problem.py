@@ -6,10 +6,14 @@ from fuzzing import memory, values
 
 # Sizes at which the kernels take another path (bn_cy/kernels/*.pxi), each with its neighbours:
 # vectors, GROUP, LANES, FEW, NARROW, CELL_ROWS, MANY, SLIM, WIDTH, CHUNK, STRETCH, LONG.
-EDGES = (2, 4, 8, 16, 32, 49, 64, 128, 256, 512, 1024, 2048, 8192)
+EDGES = (2, 4, 8, 16, 32, 49, 64, 128, 256, 512, 1024, 2048, 8192, 16384, 24576)
 # Values that a call may have, beside how often: threads, cells and merged rows begin at 24,000.
 BUDGETS = {60: 600, 82: 3000, 93: 12_000, 99: 60_000, 100: 300_000}
+# What shapes are of: few features of many values where threads are to share them.
+KINDS = ("rows", "rows", "rows", "long", "images", "images", "runs")
+MANY_VALUES = ("rows", "long", "long", "images", "few runs", "few runs")
 LIMITS = {("long", "features"): 9, ("images", "inner"): 64, ("runs", "outer"): 40}
+LIMITS |= {("few runs", "features"): 2, ("few runs", "outer"): 9}
 SMALL = {60: 30, 100: 300}
 
 
@@ -37,22 +41,24 @@ def split(source, size):
 def draw_shape(source, budgets):
     """Return a shape of two to five axes, and which of them is the features'."""
     budget = draw_budget(source, budgets)
-    kind = source.pick(("rows", "rows", "rows", "long", "images", "images", "runs"))
+    kind = source.pick(MANY_VALUES if budget > 100_000 else KINDS)
     parts = {}
     order = {
         "rows": ("features", "outer"),
         "long": ("features", "outer"),
         "images": ("inner", "features", "outer"),
         "runs": ("outer", "inner", "features"),
+        "few runs": ("features", "outer", "inner"),
     }
     for part in order[kind]:
         most = max(1, min(budget, LIMITS.get((kind, part), budget)))
-        parts[part] = draw_size(source, most)
+        whole = (kind, part) == ("few runs", "inner")
+        parts[part] = most - source.integer(0, 20) if whole else draw_size(source, most)
         budget //= parts[part]
     if source.chance(2):
         parts[source.pick(list(parts))] = 0
     outer = split(source, parts["outer"])
-    if kind == "runs" and source.chance(40):
+    if kind.endswith("runs") and source.chance(40):
         outer = []
     inner = split(source, parts["inner"]) if "inner" in parts else []
     return (*outer, parts["features"], *inner), len(outer)
