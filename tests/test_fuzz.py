@@ -278,6 +278,17 @@ def test_a_fault_is_printed_with_the_command_that_repeats_it(rng, monkeypatch, c
     assert "mean: 1 of" in printed
 
 
+def test_an_exception_that_nobody_can_catch_is_a_fault(monkeypatch):
+    class Broken:
+        def __del__(self):
+            raise IndexError("out of bounds")
+
+    Planted(monkeypatch, "moments", lambda *_: Broken() is None)
+    tally = fuzz.make_calls(1, range(40))
+    assert tally.failed
+    assert all("out of bounds" in texts[0] for _, _, texts in tally.faults)
+
+
 def test_a_call_that_ends_the_process_is_a_fault(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, bn_cy\nbn_cy.moments = lambda *_, **__: os.abort()\n"
