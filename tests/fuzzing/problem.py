@@ -104,7 +104,7 @@ class Problem:
         if not (layout.repeated or self.source.chance(40)):
             layout = self.layout
         if name.startswith("x"):
-            self.few |= kind in values.FEW or bool(layout.repeated)
+            self.few = kind in values.FEW or bool(layout.repeated)
         return self.hold(name, array, layout)
 
     def batch(self, name="x"):

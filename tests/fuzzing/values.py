@@ -85,7 +85,7 @@ def neighbours(rng, source, shape, kind):
 
 def not_finite(rng, source, shape, kind):
     """NaN and infinities, in some features."""
-    values = source.pick((0, 3)) + rng.standard_normal(shape)
+    values = rng.standard_normal(shape)
     bad = source.pick(((np.nan,), (np.inf,), (-np.inf,), (np.inf, -np.inf), (np.nan, np.inf)))
     chosen = np.flatnonzero(rng.random(shape[0]) < 0.4)
     for _ in range(source.integer(1, 3) if shape[1] else 0):
