@@ -14,8 +14,13 @@ Notation, for one feature; all features are treated alike and do not mix::
     l             the loss, one number that depends on every y_i
     dout_i        dl/dy_i, the upstream gradient; dx_i is dl/dx_i, and so on
 
+The layer is that of [1]_, the steps of its graph are named as in [2]_, and the weight that needs no
+batch is from [3]_.
+
 Sums run over the batch, that is over every axis but the feature axis, which is the keyword `axis`
 of every function that takes a batch. An axis that the array does not have is an IndexError.
+A batch is a NumPy array of two dimensions or more: anything else is a TypeError or a ValueError,
+and so is a dout of another shape, which would broadcast to a wrong gradient in silence.
 
 Nothing is cast: float32 in is float32 throughout, and np.longdouble in is a reference of higher
 precision where the platform has one. Where the dtypes of the arguments differ, NumPy promotes.
@@ -51,7 +56,9 @@ __all__ = [
     "normalize",
     "relu_backward",
     "relu_forward",
+    "reparameterized_backward",
     "reparameterized_weight",
+    "running_update",
     "staged_backward",
     "staged_forward",
     "weight_norm",
@@ -84,10 +91,25 @@ def _wide(per_feature: Array, x: Array, axis: int) -> Array:
     return np.reshape(per_feature, shape)
 
 
+def _check_array(name: str, value: Any) -> None:
+    """Refuse what has no shape and no dtype of its own."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, got {type(value).__name__}")
+
+
+def _check_batch(x: Array) -> None:
+    """Refuse what is no batch."""
+    _check_array("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"x must have two dimensions or more, got shape {x.shape}")
+
+
 def _check_upstream(dout: Array, x: Array) -> None:
-    """Refuse a dout of another shape, which would broadcast to a wrong gradient in silence."""
-    if np.shape(dout) != x.shape:
-        raise ValueError(f"dout must have the shape {x.shape} of x, got {np.shape(dout)}")
+    """Refuse a dout that does not fit, and what is no batch."""
+    _check_batch(x)
+    _check_array("dout", dout)
+    if dout.shape != x.shape:
+        raise ValueError(f"dout must have the shape {x.shape} of x, got {dout.shape}")
 
 
 def moments(x: Array, *, axis: int = 1) -> tuple[int, Array, Array]:
@@ -127,6 +149,7 @@ def moments(x: Array, *, axis: int = 1) -> tuple[int, Array, Array]:
     >>> count, mean.tolist(), var.round(3).tolist()
     (3, [3.0, 20.0], [2.667, 200.0])
     """
+    _check_batch(x)
     n = _count(x, axis)
     mean = _batch_sum(x, axis) / n
     var = _batch_sum((x - _wide(mean, x, axis)) ** 2, axis) / n
@@ -177,6 +200,7 @@ def moments_one_pass(x: Array, *, axis: int = 1) -> tuple[int, Array, Array]:
     >>> moments(x)[2].round(3).tolist(), moments_one_pass(x)[2].tolist()
     ([0.667], [-1024.0])
     """
+    _check_batch(x)
     n = _count(x, axis)
     mean = _batch_sum(x, axis) / n
     var = _batch_sum(x**2, axis) / n - mean**2
@@ -230,6 +254,7 @@ def normalize(
     >>> normalize(x, np.array([3.0]), np.array([4.0]), eps=0).tolist()
     [[-1.0], [0.0], [1.0]]
     """
+    _check_batch(x)
     xhat = (x - _wide(mean, x, axis)) / _wide(np.sqrt(var + eps), x, axis)
     scaled = xhat if gamma is None else _wide(gamma, x, axis) * xhat
     return scaled if beta is None else scaled + _wide(beta, x, axis)
@@ -288,6 +313,85 @@ def forward(
     return normalize(x, mean, var, gamma, beta, eps, axis=axis)
 
 
+def running_update(
+    running_mean: Array,
+    running_var: Array,
+    x: Array,
+    momentum: float = 0.1,
+    *,
+    weighs: str = "new",
+    unbiased: bool = True,
+    axis: int = 1,
+) -> tuple[Array, Array]:
+    """Take one more batch into the running statistics.
+
+    Parameters
+    ----------
+    running_mean, running_var : ndarray, shape (features,)
+        What they were before.
+    x : ndarray
+        The batch, two dimensions or more.
+    momentum : float, optional
+        A weight from 0 to 1.
+    weighs : {"new", "old"}, optional
+        What `momentum` is the weight of: the batch (PyTorch, whose 0.1 is the default here) or the
+        running statistics (Keras, Flax, ONNX and the course CS231n: their 0.9 is PyTorch's 0.1).
+    unbiased : bool, optional
+        Whether the variance of the batch is divided by n - 1 (PyTorch) or by n (the others).
+    axis : int, optional
+        The feature axis.
+
+    Returns
+    -------
+    running_mean, running_var : ndarray, shape (features,)
+        What they are now, in new arrays.
+
+    Raises
+    ------
+    ValueError
+        momentum is not from 0 to 1, weighs is another word, or the estimate is to be unbiased and
+        the batch has one value per feature or none.
+
+    Notes
+    -----
+    With w for the weight of the batch::
+
+        running_mean <- (1 - w) running_mean + w mean
+        running_var  <- (1 - w) running_var  + w var            or, unbiased, w var n/(n - 1)
+
+    Where n/(n - 1) comes from: for independent values of mean m and variance s^2, the mean of the
+    batch has the variance s^2/n about m, and what the batch's own mean takes away is missing in its
+    variance::
+
+        sum_i (x_i - mean)^2 / n = sum_i (x_i - m)^2 / n - (mean - m)^2
+        E[var]                   = s^2                   - s^2/n         = s^2 (n - 1)/n
+
+    The batch is normalized with var itself, since it is that of these n values and estimates
+    nothing.
+
+    Examples
+    --------
+    The variance of this batch is 4 when divided by n = 2, and 8 when divided by n - 1:
+
+    >>> x, zero, one = np.array([[3.0], [7.0]]), np.array([0.0]), np.array([1.0])
+    >>> [r.tolist() for r in running_update(zero, one, x, 0.5)]
+    [[2.5], [4.5]]
+    >>> [r.tolist() for r in running_update(zero, one, x, 0.75, weighs="old", unbiased=False)]
+    [[1.25], [1.75]]
+    """
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be from 0 to 1, got {momentum}")
+    if weighs not in ("new", "old"):
+        raise ValueError(f'weighs must be "new" or "old", got {weighs!r}')
+    n, mean, var = moments(x, axis=axis)
+    if unbiased:
+        if n < 2:
+            raise ValueError(f"an unbiased variance needs two values per feature, got {n}")
+        var = var * n / (n - 1)
+    new, old = (momentum, 1 - momentum) if weighs == "new" else (1 - momentum, momentum)
+    return old * running_mean + new * mean, old * running_var + new * var
+
+
 def staged_forward(
     x: Array, gamma: Array, beta: Array, eps: float = 1e-5, *, axis: int = 1
 ) -> tuple[Array, dict[str, Any]]:
@@ -341,6 +445,7 @@ def staged_forward(
     >>> out.round(3).tolist()
     [[-1.0], [0.333], [1.667], [3.0]]
     """
+    _check_batch(x)
     n = _count(x, axis)
     mu = _batch_sum(x, axis) / n
     xmu = x - _wide(mu, x, axis)
@@ -807,9 +912,9 @@ def jacobian(x: Array, gamma: float, eps: float = 1e-5) -> Array:
         J xhat = gamma invstd xhat (1 - |xhat|^2 / n)
                = gamma invstd xhat eps/(var + eps)         nor, where eps = 0, does a stretch
 
-    The last line holds since |xhat|^2 = n var/(var + eps). With eps = 0, J is gamma invstd times
-    the projection onto what is at right angles to 1 and xhat, two directions that the gradient
-    loses.
+    The last line holds since ``|xhat|^2 = n var/(var + eps)``. With eps = 0, J is gamma invstd
+    times the projection onto what is at right angles to 1 and xhat, two directions that the
+    gradient loses.
 
     Examples
     --------
@@ -819,6 +924,9 @@ def jacobian(x: Array, gamma: float, eps: float = 1e-5) -> Array:
     >>> (J.T @ np.array([0.0, 9.0, 0.0, 0.0])).round(3).tolist()
     [-2.0, 4.333, -1.333, -1.0]
     """
+    _check_array("x", x)
+    if x.ndim != 1:
+        raise ValueError(f"x must be the values of one feature, shape (n,), got shape {x.shape}")
     n = len(x)
     xmu = x - x.mean()
     invstd = 1 / np.sqrt(np.mean(xmu**2) + eps)
@@ -828,7 +936,9 @@ def jacobian(x: Array, gamma: float, eps: float = 1e-5) -> Array:
 
 
 def reparameterized_weight(W: Array, S: Array, gamma: Array, eps: float = 0) -> Array:
-    """Fold a batch norm into the weight of the linear layer before it.
+    """Batch norm as a weight: W with columns of length gamma in the metric of the covariance.
+
+    This is for understanding. A layer for deployment needs the running statistics and beta, too.
 
     Parameters
     ----------
@@ -856,7 +966,8 @@ def reparameterized_weight(W: Array, S: Array, gamma: Array, eps: float = 0) -> 
         gamma (u - 0) / sqrt(var(u) + eps) = x (gamma w / sqrt(w^T S w + eps)) = x what
 
     With eps = 0 the length of w cancels: batch norm keeps the direction of w, and gamma alone sets
-    the scale, measured by S. `weight_norm` measures it by the identity instead.
+    the length, measured by S: what^T S what = gamma^2. `weight_norm` measures it by the identity
+    instead.
 
     Examples
     --------
@@ -869,6 +980,63 @@ def reparameterized_weight(W: Array, S: Array, gamma: Array, eps: float = 0) -> 
     var = np.sum(W * (S @ W), axis=0)
     W_hat: Array = W * (gamma / np.sqrt(var + eps))
     return W_hat
+
+
+def reparameterized_backward(
+    dW_hat: Array, W: Array, S: Array, gamma: Array, eps: float = 0
+) -> tuple[Array, Array]:
+    """Backward pass of `reparameterized_weight`: through a batch norm without looking at a batch.
+
+    Parameters
+    ----------
+    dW_hat : ndarray, shape (inputs, features)
+        dl/dW_hat: ``x.T @ dout`` for ``y = x @ W_hat``.
+    W, S, gamma, eps
+        As in `reparameterized_weight`.
+
+    Returns
+    -------
+    dW : ndarray, shape (inputs, features)
+        dl/dW.
+    dgamma : ndarray, shape (features,)
+        dl/dgamma.
+
+    Raises
+    ------
+    ValueError
+        dW_hat has not W's shape.
+
+    Notes
+    -----
+    For one column, with invstd = (w^T S w + eps)^(-1/2) and what = gamma invstd w, S being
+    symmetric::
+
+        dinvstd/dw = -(1/2) invstd^3 d(w^T S w)/dw = -invstd^3 S w
+
+        dl/dgamma = dl/dwhat^T invstd w
+        dl/dw     = gamma invstd dl/dwhat + gamma (dl/dwhat^T w) dinvstd/dw
+                  = gamma invstd (dl/dwhat - invstd dl/dgamma S w)
+
+    Multiplied by w^T this gives gamma dl/dgamma (1 - invstd^2 w^T S w), which is 0 for eps = 0:
+    the gradient is at right angles to the weight, whose length does not count.
+
+    Examples
+    --------
+    >>> x = np.array([[1.0, 2.0], [-3.0, 0.0], [2.0, -2.0]])
+    >>> W, gamma = np.array([[1.0, 5.0], [2.0, -1.0]]), np.array([1.0, 3.0])
+    >>> dout = np.array([[1.0, 0.0], [2.0, -1.0], [4.0, 3.0]])
+    >>> dW, dgamma = reparameterized_backward(x.T @ dout, W, x.T @ x / 3, gamma)
+    >>> dx, same_dgamma, _ = backward_closed_form(dout, x @ W, gamma, eps=0)
+    >>> np.allclose(dW, x.T @ dx), np.allclose(dgamma, same_dgamma)
+    (True, True)
+    """
+    if np.shape(dW_hat) != W.shape:
+        raise ValueError(f"dW_hat must have the shape {W.shape} of W, got {np.shape(dW_hat)}")
+    SW = S @ W
+    invstd = 1 / np.sqrt(np.sum(W * SW, axis=0) + eps)
+    dgamma = np.sum(dW_hat * W, axis=0) * invstd
+    dW = gamma * invstd * (dW_hat - invstd * dgamma * SW)
+    return dW, dgamma
 
 
 def weight_norm(W: Array, g: Array) -> Array:
@@ -884,12 +1052,12 @@ def weight_norm(W: Array, g: Array) -> Array:
     Returns
     -------
     ndarray, shape (inputs, features)
-        g w/|w| in every column; nan in a column of zeros, which has no direction.
+        ``g w/|w|`` in every column; nan in a column of zeros, which has no direction.
 
     Notes
     -----
-    This is `reparameterized_weight` with S = I and eps = 0, since w^T I w = |w|^2. It is batch norm
-    for inputs of mean 0 that are white, and needs no batch [1]_::
+    This is `reparameterized_weight` with S = I and eps = 0, since ``w^T I w = |w|^2``. It is batch
+    norm for inputs of mean 0 that are white, and needs no batch [1]_::
 
         what = g w / sqrt(w^T I w) = g w / |w|
 
@@ -947,7 +1115,7 @@ def check_gradient(
     Raises
     ------
     ValueError
-        dx has not x's shape.
+        dx has not x's shape, or dout has not y's.
 
     Notes
     -----
@@ -959,7 +1127,7 @@ def check_gradient(
 
         (8 D(h) - D(2h)) / (12 h) = l' - (h^4/30) l''''' + ...
 
-    Rounding adds an error of about u |l| / h. The sum of the two is least near h = u^(1/5), in
+    Rounding adds an error of about ``u |l| / h``. The sum of the two is least near h = u^(1/5), in
     units of the length over which l bends: h = 7e-4 in float64 and 2e-4 in 80-bit longdouble. The
     error is then about u^(4/5), or 3e-13 and 7e-16. The default is a power of two, so that x + h is
     as a rule exact. Differences are taken before the sum, so that what x's entry does not touch
@@ -975,6 +1143,7 @@ def check_gradient(
     >>> bool((check_gradient(lambda x: forward(x, gamma), x, dout, 1.001 * dx) < 1e-10).any())
     False
     """
+    _check_array("x", x)
     if np.shape(dx) != x.shape:
         raise ValueError(f"dx must have the shape of x, {x.shape}, but has {np.shape(dx)}")
     h = _default_step(x) if step is None else step
@@ -983,7 +1152,10 @@ def check_gradient(
         """Evaluate the function with one entry of x moved."""
         nearby = x.copy()
         nearby[index] += distance
-        return function(nearby)
+        y = function(nearby)
+        if np.shape(dout) != np.shape(y):
+            raise ValueError(f"dout must have the shape {np.shape(y)} of y, got {np.shape(dout)}")
+        return y
 
     numeric = np.empty_like(x)
     for index in np.ndindex(x.shape):

@@ -1,12 +1,13 @@
 """The reference against exact arithmetic, finite differences and itself."""
 
 import doctest
+import itertools
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from bn_cy import reference
+from bn_cy import BatchNorm, reference
 
 SHAPES_AND_AXES = [
     ((8, 3), 1),
@@ -184,6 +185,79 @@ def test_staged_forward_is_forward(rng, shape, axis, dtype):
     out, cache = reference.staged_forward(batch.x, batch.gamma, batch.beta, EPS, axis=axis)
     assert_close(out, reference.forward(batch.x, batch.gamma, batch.beta, EPS, axis=axis))
     assert cache["out"] is out
+
+
+# Running statistics
+
+
+@over_dtypes
+@over_shapes
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_running_update_in_both_meanings_of_momentum(rng, shape, axis, dtype, unbiased):
+    x = Batch(rng, shape, axis, dtype).x
+    mean, var = rng.normal(size=shape[axis]).astype(dtype), np.ones(shape[axis], dtype)
+    n, batch_mean, batch_var = reference.moments(x, axis=axis)
+    batch_var = batch_var * n / (n - unbiased)
+    for weighs, momentum in [("new", 0.125), ("old", 0.875)]:
+        updated = reference.running_update(
+            mean, var, x, momentum, weighs=weighs, unbiased=unbiased, axis=axis
+        )
+        assert_close(updated[0], mean * dtype(7 / 8) + batch_mean / dtype(8))
+        assert_close(updated[1], var * dtype(7 / 8) + batch_var / dtype(8))
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_running_update_is_that_of_the_layer(rng, unbiased):
+    layer = BatchNorm(3, momentum=0.3, unbiased=unbiased, dtype=np.float64)
+    mean, var = layer.running_mean.copy(), layer.running_var.copy()
+    for _ in range(3):
+        x = rng.normal(size=(8, 3))
+        layer(x)
+        mean, var = reference.running_update(mean, var, x, 0.3, unbiased=unbiased)
+    np.testing.assert_allclose(layer.running_mean, mean, rtol=1e-13, atol=1e-15)
+    np.testing.assert_allclose(layer.running_var, var, rtol=1e-13)
+
+
+def test_the_whole_weight_gives_one_side_to_the_last_digit(rng):
+    mean, var, x = rng.normal(size=3), rng.uniform(1, 2, 3), rng.normal(size=(8, 3))
+    batch = reference.moments(x)[1:]
+    for weighs, expected in [("new", batch), ("old", (mean, var))]:
+        updated = reference.running_update(mean, var, x, 1, weighs=weighs, unbiased=False)
+        np.testing.assert_array_equal(updated, expected)
+
+
+def test_the_unbiased_variance_is_right_on_average():
+    """All batches of three values out of {0, 1, 5}, each as likely as any: exact in fractions."""
+    population = [Fraction(value) for value in (0, 1, 5)]
+    mean = sum(population) / 3
+    variance = sum((value - mean) ** 2 for value in population) / 3
+    batches = list(itertools.product(population, repeat=3))
+    zero = np.array([Fraction(0)])
+
+    def average(unbiased):
+        found = (
+            reference.running_update(zero, zero, np.array(batch)[:, None], 1, unbiased=unbiased)
+            for batch in batches
+        )
+        return sum(var[0] for _, var in found) / len(batches)
+
+    assert average(True) == variance
+    assert average(False) == variance * 2 / 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"momentum": 1.5}, "momentum must be from 0 to 1, got 1.5"),
+        ({"momentum": float("nan")}, "momentum must be from 0 to 1, got nan"),
+        ({"weighs": "both"}, 'weighs must be "new" or "old", got \'both\''),
+        ({"x": np.ones((1, 2))}, "an unbiased variance needs two values per feature, got 1"),
+    ],
+)
+def test_running_update_names_what_does_not_fit(arguments, message):
+    given = {"x": np.ones((4, 2)), **arguments}
+    with pytest.raises(ValueError, match=message):
+        reference.running_update(np.zeros(2), np.ones(2), **given)
 
 
 # Backward
@@ -414,6 +488,27 @@ def test_reparameterized_weight_normalizes_what_follows(rng, dtype, eps):
     assert_close(x @ W_hat, reference.forward(x @ W, gamma, eps=eps))
 
 
+@pytest.mark.parametrize("eps", [0, EPS])
+@over_precise_dtypes
+def test_reparameterized_backward_against_differences(rng, dtype, eps):
+    x = spread(rng, (50, 3), 1).astype(dtype)
+    x -= x.mean(axis=0)
+    S, dout = x.T @ x / dtype(50), rng.normal(size=(50, 4)).astype(dtype)
+    W, gamma = rng.normal(size=(3, 4)).astype(dtype), rng.normal(size=4).astype(dtype)
+    dW_hat = x.T @ dout
+    dW, dgamma = reference.reparameterized_backward(dW_hat, W, S, gamma, eps)
+
+    def weight(W, gamma):
+        return reference.reparameterized_weight(W, S, gamma, eps)
+
+    scale = max(1, np.abs(dW_hat).max())
+    assert_gradient(lambda W: weight(W, gamma), W, dW_hat / scale, dW / scale)
+    assert_gradient(lambda gamma: weight(W, gamma), gamma, dW_hat / scale, dgamma / scale)
+    dx, dgamma_of_batch, _ = reference.backward_closed_form(dout, x @ W, gamma, eps)
+    assert_close(dW, x.T @ dx)
+    assert_close(dgamma, dgamma_of_batch)
+
+
 @over_dtypes
 def test_weight_norm_is_the_sibling_with_white_inputs(rng, dtype):
     W, g = rng.normal(size=(4, 3)).astype(dtype), rng.uniform(0.5, 2, 3).astype(dtype)
@@ -494,6 +589,49 @@ def test_one_value_per_feature(rng, backward):
 
 def test_one_value_has_a_jacobian_of_zero():
     np.testing.assert_array_equal(reference.jacobian(np.array([3.0]), 2.0), [[0.0]])
+
+
+TAKE_A_BATCH = {
+    "moments": reference.moments,
+    "moments_one_pass": reference.moments_one_pass,
+    "normalize": lambda x: reference.normalize(x, np.zeros(3), np.ones(3)),
+    "forward": reference.forward,
+    "relu_forward": lambda x: reference.relu_forward(x, np.ones(3), np.zeros(3)),
+    "running_update": lambda x: reference.running_update(np.zeros(3), np.ones(3), x),
+    "staged_forward": lambda x: reference.staged_forward(x, np.ones(3), np.zeros(3)),
+    "closed form": lambda x: reference.backward_closed_form(x, x, np.ones(3)),
+    "statistics": lambda x: reference.backward_through_statistics(x, x, np.ones(3)),
+    "frozen": lambda x: reference.frozen_backward(x, x, np.ones(3), np.zeros(3), np.ones(3)),
+    "relu_backward": lambda x: reference.relu_backward(x, x, np.ones(3), np.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_A_BATCH)
+def test_what_is_no_batch_is_named(name):
+    with pytest.raises(TypeError, match="x must be a NumPy array, got list"):
+        TAKE_A_BATCH[name]([[1.0, 2.0, 3.0], [2.0, 3.0, 5.0]])
+    with pytest.raises(ValueError, match=r"x must have two dimensions or more, got shape \(3,\)"):
+        TAKE_A_BATCH[name](np.ones(3))
+
+
+def test_other_lists_and_shapes_are_named():
+    x, gamma = np.ones((4, 3)), np.ones(3)
+    with pytest.raises(TypeError, match="dout must be a NumPy array, got list"):
+        reference.backward_closed_form(x.tolist(), x, gamma)
+    with pytest.raises(TypeError, match="x must be a NumPy array, got list"):
+        reference.jacobian([1.0, 2.0], 1.0)
+    with pytest.raises(ValueError, match=r"shape \(n,\), got shape \(4, 3\)"):
+        reference.jacobian(x, 1.0)
+    with pytest.raises(TypeError, match="x must be a NumPy array, got list"):
+        reference.check_gradient(np.exp, [1.0, 2.0], np.ones(2), np.ones(2))
+    with pytest.raises(ValueError, match=r"dW_hat must have the shape \(3, 3\) of W, got \(3,\)"):
+        reference.reparameterized_backward(gamma, np.eye(3), np.eye(3), gamma)
+
+
+def test_check_gradient_refuses_a_dout_that_would_broadcast():
+    x = np.ones((4, 2))
+    with pytest.raises(ValueError, match=r"dout must have the shape \(4, 2\) of y, got \(2,\)"):
+        reference.check_gradient(np.exp, x, np.ones(2), x)
 
 
 @pytest.mark.parametrize("axis", [2, -3])
