@@ -4,7 +4,7 @@ An `Oracle` is made of a problem: x, gamma, beta, dout and eps. It knows every v
 `bn_cy.reference.staged_forward` and `staged_backward` by its name, and is asked about one::
 
     >>> oracle = Oracle(x, gamma, beta, dout)
-    >>> oracle.check("dvar", my_dvar)
+    >>> oracle.check(dvar=my_dvar)
     dvar      exact: no   approximate: no   largest difference: 3.1e-01   the factor 2 forgotten
 
 "exact" is the same to the last bit, "approximate" the same but for rounding: two right ways to one
@@ -122,7 +122,7 @@ MISTAKES = {
 
 @dataclass
 class Verdict:
-    """What the oracle says of one value; printed as a line."""
+    """What is to be said of one value; printed as a line."""
 
     name: str
     exact: bool
@@ -139,6 +139,31 @@ class Verdict:
         return line + "".join(f"   {mistake}" for mistake in self.mistakes)
 
 
+def verdict(name, value, right, mistakes=None):
+    """Compare a value with the right one and, if it is wrong, with those of known mistakes."""
+    value = np.asarray(value)
+    if value.shape != right.shape:
+        shapes = f"the shape is {value.shape} and should be {right.shape}"
+        return Verdict(name, False, False, np.inf, (shapes,))
+    tolerance = TOLERANCE * max(np.abs(right).max(), SMALL)
+
+    def close(other):
+        return bool(np.abs(value - other).max() <= tolerance)
+
+    exact, approximate = np.array_equal(value, right), close(right)
+    known = {} if approximate or mistakes is None else mistakes
+    named = tuple(what for what, wrong in known.items() if close(wrong))
+    return Verdict(name, exact, approximate, float(np.abs(value - right).max()), named)
+
+
+def compare(name, value, right, mistakes=None):
+    """Print the verdict; `...` for a value says that it is still to be found."""
+    if value is ...:
+        print(f"{name:9} still open")
+    else:
+        print(verdict(name, value, right, mistakes))
+
+
 class Oracle:
     """Knows every value of the nine steps for one problem, there and back."""
 
@@ -150,29 +175,19 @@ class Oracle:
         reference.staged_backward(dout, cache)
         self._values = SimpleNamespace(**cache, n=len(x), eps=eps)
 
-    def check(self, name, value):
-        """Print what is to be said of `value` as the step `name`; return it as a Verdict."""
-        verdict = self.verdict(name, value)
-        print(verdict)
-        return verdict
+    def right(self, name):
+        """Return what the step `name` should be."""
+        return getattr(self._values, name)
+
+    def mistakes(self, name):
+        """Return what known mistakes make of the step `name`, by their names."""
+        return {what: wrong(self._values) for what, wrong in MISTAKES.get(name, {}).items()}
 
     def verdict(self, name, value):
-        """Compare `value` with what the step `name` should be and with what mistakes make it."""
-        right, value = getattr(self._values, name), np.asarray(value)
-        if value.shape != right.shape:
-            mistake = f"the shape is {value.shape} and should be {right.shape}"
-            return Verdict(name, False, False, np.inf, (mistake,))
-        tolerance = TOLERANCE * max(np.abs(right).max(), SMALL)
+        """Return what is to be said of `value` as the step `name`."""
+        return verdict(name, value, self.right(name), self.mistakes(name))
 
-        def close(other):
-            return bool(np.abs(value - other).max() <= tolerance)
-
-        approximate = close(right)
-        known = {} if approximate else MISTAKES.get(name, {})
-        return Verdict(
-            name,
-            np.array_equal(value, right),
-            approximate,
-            float(np.abs(value - right).max()),
-            tuple(what for what, wrong in known.items() if close(wrong(self._values))),
-        )
+    def check(self, **values):
+        """Print it, for any number of steps."""
+        for name, value in values.items():
+            compare(name, value, self.right(name), self.mistakes(name))

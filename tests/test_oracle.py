@@ -55,7 +55,7 @@ def test_another_way_to_the_same_number_is_approximate(asked, values):
 
 @pytest.mark.parametrize(("name", "what"), MISTAKES)
 def test_a_known_mistake_is_named(asked, name, what):
-    wrong = oracle.MISTAKES[name][what](asked._values)
+    wrong = asked.mistakes(name)[what]
     verdict = asked.verdict(name, wrong)
     assert not verdict.approximate
     assert verdict.mistakes == (what,)
@@ -77,7 +77,7 @@ def test_with_ones_a_mistake_passes(problem):
     """The reason for a dout at random."""
     x, gamma, beta, dout = problem
     asked = oracle.Oracle(x, gamma, beta, np.ones_like(dout), EPS)
-    wrong = oracle.MISTAKES["dx"]["the sum without dout"](asked._values)
+    wrong = asked.mistakes("dx")["the sum without dout"]
     assert asked.verdict("dx", wrong).approximate
 
 
@@ -86,12 +86,12 @@ def test_nan_is_wrong(asked, values):
 
 
 def test_what_is_printed(asked, values, capsys):
-    asked.check("mu", values["mu"])
-    asked.check("dvar", 2 * values["dvar"])
-    first, second = capsys.readouterr().out.splitlines()
+    asked.check(mu=values["mu"], dvar=2 * values["dvar"], dx=...)
+    first, second, third = capsys.readouterr().out.splitlines()
     assert first == "mu        exact: yes  approximate: yes  largest difference: 0.0e+00"
     assert second.startswith("dvar      exact: no   approximate: no   largest difference: ")
     assert second.endswith("   the factor 2 forgotten")
+    assert third == "dx        still open"
 
 
 def test_a_batch_of_another_form_is_refused(problem):
