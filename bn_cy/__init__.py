@@ -1,5 +1,8 @@
 """Batch normalization for NumPy, in compiled loops."""
 
+from importlib import import_module
+from typing import Any
+
 from bn_cy import reference
 from bn_cy._config import show_config
 from bn_cy._threads import get_num_threads, set_num_threads
@@ -36,3 +39,12 @@ __all__ = [
     "set_num_threads",
     "show_config",
 ]
+
+_ON_DEMAND = ("graph",)  # what only some need, and what would slow every import
+
+
+def __getattr__(name: str) -> Any:
+    """Import a module of `_ON_DEMAND` when it is first asked for."""
+    if name in _ON_DEMAND:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

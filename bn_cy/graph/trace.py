@@ -1,0 +1,496 @@
+"""`trace`: a forward and a backward pass of batch norm, kept as a graph.
+
+The numbers and the names are those of `bn_cy.reference.staged_forward` and `staged_backward`.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bn_cy import reference
+from bn_cy.graph.steps import INPUTS, STEPS, Wire, numeric_gradient
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Edge", "Meeting", "Node", "Nodes", "Paths", "Trace", "trace"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A node of the graph: an input, or a step and its result.
+
+    Attributes
+    ----------
+    name : str
+        The name in the cache of `bn_cy.reference.staged_forward`.
+    step : int
+        1 to 9, and 0 for the inputs x, gamma and beta.
+    formula : str
+        How the value is computed, as in "mu = sum(x)/n"; the name alone for an input.
+    local_gradient : dict
+        For every input of the step its derivative, as in {"xmu": "ivar", "ivar": "xmu"}.
+    value : ndarray
+        The result, of x's shape or of shape (features,).
+    gradient : ndarray
+        The gradient of the loss with respect to the value, of its shape. This is what arrives.
+    arriving : dict
+        The parts that arrive, by their names; where there are two, `gradient` is their sum.
+    leaving : dict
+        The gradients that the node passes on to its inputs, by their names.
+    """
+
+    name: str
+    step: int
+    formula: str
+    local_gradient: dict[str, str]
+    value: Array
+    gradient: Array
+    arriving: dict[str, Array]
+    leaving: dict[str, Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Edge:
+    """What passes from one node to another.
+
+    Attributes
+    ----------
+    source, target : str
+        The nodes that it leaves and reaches.
+    direction : str
+        "forward" for a value, "backward" for a gradient.
+    name : str
+        Of what passes: the source's name, or a gradient's as in "dxmu1".
+    value : ndarray
+        What passes. A gradient has the shape of the target's value.
+    """
+
+    source: str
+    target: str
+    direction: str
+    name: str
+    value: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Meeting:
+    """A place where two gradients meet and add, since the forward pass used a value twice.
+
+    Attributes
+    ----------
+    node : str
+        The node whose value was used twice.
+    name : str
+        Of the sum, as in "dxmu".
+    parts : dict
+        The two gradients that arrive, by their names.
+    total : ndarray
+        Their sum.
+    """
+
+    node: str
+    name: str
+    parts: dict[str, Array]
+    total: Array
+
+
+class Paths(NamedTuple):
+    """The gradient of one entry of x as its three parts; their sum is the entry of dx.
+
+    Attributes
+    ----------
+    direct : float
+        Through the entry's own xhat: dxmu1.
+    mean : float
+        Through the mean: dx2.
+    variance : float
+        Through the variance: dxmu2.
+    """
+
+    direct: float
+    mean: float
+    variance: float
+
+
+class Nodes(tuple[Node, ...]):
+    """The nodes in the order of the forward pass, which an index or a name finds."""
+
+    @overload
+    def __getitem__(self, key: str | SupportsIndex) -> Node: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Node, ...]: ...
+    def __getitem__(self, key: str | SupportsIndex | slice) -> Node | tuple[Node, ...]:
+        """Find a node by its name or its place."""
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        for node in self:
+            if node.name == key:
+                return node
+        raise KeyError(f"no node {key!r}: the nodes are {', '.join(node.name for node in self)}")
+
+
+class Trace:
+    """A forward and a backward pass, node by node; `trace` makes one.
+
+    Attributes
+    ----------
+    nodes : Nodes
+        The inputs x, gamma and beta, and the nine steps. ``nodes["xhat"]`` finds one.
+    edges : tuple of Edge
+        What passes between them: the values in the order of the forward pass, then the gradients
+        in the order of the backward pass.
+    meetings : tuple of Meeting
+        The two places where gradients meet and add, in the order of the backward pass.
+    out, dx, dgamma, dbeta : ndarray
+        The results of the two passes.
+    dout : ndarray
+        The upstream gradient.
+    eps : float
+        What is added to the variance.
+    axis : int
+        The feature axis.
+    count : int
+        Values per feature, the n of the formulas.
+    """
+
+    def __init__(
+        self, x: Array, gamma: Array, beta: Array, dout: Array, eps: float, axis: int
+    ) -> None:
+        """Run the passes of `bn_cy.reference` on arrays that `trace` has checked."""
+        self.out, cache = reference.staged_forward(x, gamma, beta, eps, axis=axis)
+        self.dx, self.dgamma, self.dbeta = reference.staged_backward(dout, cache)
+        self.dout = dout
+        self.eps = eps
+        self.axis = axis
+        self.count = x.size // x.shape[axis]
+        self.nodes = _nodes(cache)
+        self.edges = _edges(self.nodes)
+        self.meetings = tuple(
+            Meeting(node.name, f"d{node.name}", node.arriving, node.gradient)
+            for node in reversed(self.nodes)
+            if len(node.arriving) == 2
+        )
+
+    def check(self) -> dict[str, float]:
+        """Compare the gradient of every node with differences of what lies downstream of it.
+
+        Returns
+        -------
+        dict
+            For every node's name the largest ``|numeric - gradient|`` of its entries: an absolute
+            error, in the units of the gradient.
+
+        Notes
+        -----
+        A node's entry is moved while everything that does not depend on the node keeps its value,
+        and the loss is l = sum(out * dout). The derivative is the difference of fourth order of
+        `bn_cy.reference.check_gradient`::
+
+            (8 (l(h) - l(-h)) - (l(2h) - l(-2h))) / (12 h)
+
+        taken in float64 even where the trace is of float32, whose rounding then shows. The step h
+        is 2^-10, which is about u^(1/5), times the length over which l bends: sqrtvar for x, mu,
+        xmu and sqrtvar, its square for sq and var, ivar for ivar. In the others l is linear, and
+        any step does. Features do not mix, so all of them are moved at once, each by its own step.
+
+        Examples
+        --------
+        >>> rng = np.random.default_rng(1)
+        >>> x, dout = rng.normal(size=(2, 5, 3))
+        >>> errors = trace(x, np.ones(3), np.zeros(3), dout).check()
+        >>> max(errors.values()) < 1e-9
+        True
+        """
+        values: dict[str, Any] = {node.name: self._rows(node.value) for node in self.nodes}
+        values["eps"] = self.eps
+        dout = self._rows(self.dout)
+        numeric = {name: numeric_gradient(name, values, dout) for name in values if name != "eps"}
+        return {
+            node.name: float(np.max(np.abs(numeric[node.name] - self._rows(node.gradient))))
+            for node in self.nodes
+        }
+
+    def paths(self, i: int | Sequence[int], f: int) -> Paths:
+        """Split the gradient of one entry of x into its three ways to the loss.
+
+        Parameters
+        ----------
+        i : int or sequence of int
+            The example: the index along the axis that is not the feature axis, or one index for
+            each of these axes.
+        f : int
+            The feature.
+
+        Returns
+        -------
+        Paths
+            (direct, mean, variance), which add up to dx[i, f], and to dx[f, i] where axis is 0.
+
+        Examples
+        --------
+        >>> x = np.array([[1.0], [3.0], [5.0], [7.0]])
+        >>> dout = np.array([[0.0], [9.0], [0.0], [0.0]])
+        >>> t = trace(x, np.array([2.0]), np.array([1.0]), dout, eps=4.0)
+        >>> [round(part, 3) for part in t.paths(1, 0)], t.dx[1, 0].round(3).item()
+        ([6.0, -1.5, -0.167], 4.333)
+        """
+        place = [*(i if isinstance(i, Sequence) else [i])]
+        if len(place) != self.dx.ndim - 1:
+            raise ValueError(
+                f"i must have {self.dx.ndim - 1} indices, one for each axis of x but the feature "
+                f"axis, got {i!r}"
+            )
+        place.insert(range(self.dx.ndim)[self.axis], f)
+        index = tuple(operator.index(k) for k in place)
+        parts = self.nodes["xmu"].arriving
+        mean = self.nodes["x"].arriving["dx2"]
+        return Paths(*(float(part[index]) for part in (parts["dxmu1"], mean, parts["dxmu2"])))
+
+    def draw(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the graph with matplotlib: values forward, gradients backward.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            Where to draw; by default on a figure of its own.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+            The axes drawn on.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            matplotlib is missing. The extra ``bn_cy[graph]`` brings it.
+        """
+        from bn_cy.graph.draw import draw
+
+        return draw(self, ax)
+
+    def __repr__(self) -> str:
+        """Show both passes as a table, line by line."""
+        from bn_cy.graph.table import table
+
+        return table(self)
+
+    def _rows(self, array: Array) -> Array:
+        """Lay the feature axis last and all others into one, in float64; a vector stays one."""
+        if array.ndim > 1:
+            array = np.moveaxis(array, self.axis, -1).reshape(-1, array.shape[self.axis])
+        return array.astype(np.float64)
+
+
+def trace(
+    x: ArrayLike,
+    gamma: ArrayLike,
+    beta: ArrayLike,
+    dout: ArrayLike,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+) -> Trace:
+    """Run batch norm forward and backward and keep the whole graph.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        The batch, two dimensions or more.
+    gamma, beta : array_like, shape (features,)
+        Scale and shift.
+    dout : array_like
+        The upstream gradient, dl/dout, of x's shape. Take it at random: for ones, dx is 0 and a
+        wrong formula passes.
+    eps : float, optional
+        Added to the variance.
+    axis : int, optional
+        The feature axis.
+
+    Returns
+    -------
+    Trace
+        The graph. It is computed in x's dtype, to which the other arrays are cast.
+
+    Raises
+    ------
+    TypeError
+        An argument is no array of real numbers, or x is not of float32 or float64.
+    ValueError
+        A shape does not fit, a number is not finite, x has no values, or a feature's variance and
+        eps are both 0, where 1/sqrt(var + eps) has no value.
+
+    Examples
+    --------
+    >>> x = np.array([[1.0], [3.0], [5.0], [7.0]])
+    >>> dout = np.array([[0.0], [9.0], [0.0], [0.0]])
+    >>> t = trace(x, np.array([2.0]), np.array([1.0]), dout, eps=4.0)
+    >>> t.nodes["sqrtvar"].value.tolist(), t.nodes["sqrtvar"].local_gradient
+    ([3.0], {'var': '1/(2*sqrtvar)'})
+    >>> xmu = t.meetings[0]
+    >>> xmu.name, list(xmu.parts), xmu.total[1].round(3).tolist()
+    ('dxmu', ['dxmu1', 'dxmu2'], [5.833])
+    >>> print(t)
+    batch norm of x, (4, 1) with features along axis 1: n = 4, eps = 4, float64
+    The numbers are those of the example x[0, :]. Where there is a +, gradients meet.
+    <BLANKLINE>
+    forward
+        x                             (4, 1)           1
+        gamma                         (1,)             2
+        beta                          (1,)             1
+     1  mu = sum(x)/n                 (1,)             4
+     2  xmu = x - mu                  (4, 1)          -3
+     3  sq = xmu**2                   (4, 1)           9
+     4  var = sum(sq)/n               (1,)             5
+     5  sqrtvar = sqrt(var + eps)     (1,)             3
+     6  ivar = 1/sqrtvar              (1,)        0.3333
+     7  xhat = xmu * ivar             (4, 1)          -1
+     8  gammax = gamma * xhat         (4, 1)          -2
+     9  out = gammax + beta           (4, 1)          -1
+    <BLANKLINE>
+    backward
+        dout                          (4, 1)           0
+     9  dgammax = dout                (4, 1)           0
+        dbeta = sum(dout)             (1,)             9
+     8  dxhat = gamma * dgammax       (4, 1)           0
+        dgamma = sum(dgammax * xhat)  (1,)            -3
+     7  dxmu1 = dxhat * ivar          (4, 1)           0
+        divar = sum(dxhat * xmu)      (1,)           -18
+     6  dsqrtvar = -divar/sqrtvar**2  (1,)             2
+     5  dvar = dsqrtvar/(2*sqrtvar)   (1,)        0.3333
+     4  dsq = dvar/n                  (4, 1)     0.08333
+     3  dxmu2 = 2*xmu * dsq           (4, 1)        -0.5
+     +  dxmu = dxmu1 + dxmu2          (4, 1)        -0.5
+     2  dx1 = dxmu                    (4, 1)        -0.5
+        dmu = -sum(dxmu)              (1,)            -6
+     1  dx2 = dmu/n                   (4, 1)        -1.5
+     +  dx = dx1 + dx2                (4, 1)          -2
+    """
+    x = _checked_batch(x)
+    axis = _checked_axis(axis, x)
+    eps = _checked_eps(eps)
+    features = (x.shape[axis],)
+    gamma = _checked("gamma", gamma, x.dtype, features, "one value per feature")
+    beta = _checked("beta", beta, x.dtype, features, "one value per feature")
+    dout = _checked("dout", dout, x.dtype, x.shape, "that of x")
+    if eps == 0:
+        _check_variance(x, axis)
+    return Trace(x, gamma, beta, dout, eps, axis)
+
+
+def _nodes(cache: dict[str, Any]) -> Nodes:
+    """Gather what the two passes left in the cache, node by node."""
+    arriving: dict[str, dict[str, Array]] = {name: {} for name in INPUTS}
+    arriving |= {step.name: {} for step in STEPS}
+    arriving["out"]["dout"] = cache["dout"]
+    for step in reversed(STEPS):
+        for wire in step.wires:
+            arriving[wire.source][wire.gradient] = cache[wire.gradient]
+
+    def node(name: str, number: int, formula: str, wires: tuple[Wire, ...]) -> Node:
+        return Node(
+            name,
+            number,
+            formula,
+            local_gradient={wire.source: wire.local for wire in wires},
+            value=cache[name],
+            gradient=cache[f"d{name}"],
+            arriving=arriving[name],
+            leaving={wire.gradient: cache[wire.gradient] for wire in wires},
+        )
+
+    inputs = [node(name, 0, name, ()) for name in INPUTS]
+    steps = [
+        node(step.name, number, f"{step.name} = {step.formula}", step.wires)
+        for number, step in enumerate(STEPS, 1)
+    ]
+    return Nodes(inputs + steps)
+
+
+def _edges(nodes: Nodes) -> tuple[Edge, ...]:
+    """Every wire twice: with the value that it carries forward, and the gradient it brings back."""
+    forward = [
+        Edge(wire.source, step.name, "forward", wire.source, nodes[wire.source].value)
+        for step in STEPS
+        for wire in step.wires
+    ]
+    backward = [
+        Edge(step.name, wire.source, "backward", wire.gradient,
+             nodes[wire.source].arriving[wire.gradient])
+        for step in reversed(STEPS)
+        for wire in step.wires
+    ]  # fmt: skip
+    return (*forward, *backward)
+
+
+def _checked(name: str, value: ArrayLike, dtype: Any, shape: tuple[int, ...], what: str) -> Array:
+    """Return an argument as a finite array of this dtype and shape, or say why it is none."""
+    array = _real(name, value).astype(dtype)
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, {what}, got {array.shape}")
+    _check_finite(name, array)
+    return array
+
+
+def _checked_batch(x: ArrayLike) -> Array:
+    array = _real("x", x)
+    if array.dtype not in (np.float32, np.float64):
+        raise TypeError(f"x must be of float32 or float64, got {array.dtype}")
+    if array.ndim < 2:
+        raise ValueError(f"x must have two dimensions or more, got shape {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"x must have at least one value, got shape {array.shape}")
+    _check_finite("x", array)
+    return array.astype(array.dtype.newbyteorder("="))  # a copy: the trace keeps its numbers
+
+
+def _real(name: str, value: ArrayLike) -> Array:
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must have no mask, got MaskedArray")
+    array = np.asarray(value)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"{name} must be an array of real numbers, got {array.dtype}")
+    return array
+
+
+def _check_finite(name: str, array: Array) -> None:
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got {array[~np.isfinite(array)][0]}")
+
+
+def _checked_axis(axis: int, x: Array) -> int:
+    try:
+        return range(x.ndim)[operator.index(axis)]
+    except TypeError:
+        raise TypeError(f"axis must be an integer, got {axis!r}") from None
+    except IndexError:
+        raise ValueError(
+            f"axis must be from {-x.ndim} to {x.ndim - 1} for x of shape {x.shape}, got {axis}"
+        ) from None
+
+
+def _checked_eps(eps: float) -> float:
+    try:
+        number = float(eps)
+    except (TypeError, ValueError):
+        raise TypeError(f"eps must be a number, got {eps!r}") from None
+    if not 0 <= number < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    return number
+
+
+def _check_variance(x: Array, axis: int) -> None:
+    """Refuse the feature in which the graph divides 0 by 0."""
+    constant = np.flatnonzero(reference.moments(x, axis=axis)[2] == 0)
+    if constant.size:
+        raise ValueError(
+            f"eps must not be 0 where a feature is constant, as feature {constant[0]} of x is: "
+            "1/sqrt(var + eps) has no value"
+        )
