@@ -2,19 +2,25 @@
 
 import doctest
 import importlib
+import importlib.resources
 import inspect
+import json
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import bn_cy
 from bn_cy import reference
-from bn_cy.graph import draw, sequential, steps, trace
+from bn_cy.graph import draw, page, sequential, steps, trace
+from bn_cy.graph.__main__ import main
 
 EPS = 1e-3
 SHAPES_AND_AXES = [((5, 3), 1), ((3, 5), 0), ((4, 3, 2), 1), ((2, 3, 2, 2), -3), ((2, 2, 2, 3), -1)]
-MODULES = ["trace", "steps", "table", "draw", "sequential"]
+MODULES = ["trace", "sequential"]  # that have examples
 
 over_shapes = pytest.mark.parametrize(("shape", "axis"), SHAPES_AND_AXES)
 
@@ -299,6 +305,105 @@ def test_without_matplotlib_the_error_names_the_extra(rng, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "bn_cy\[graph\]"'):
         trace(*problem(rng)).draw()
+
+
+# The page; what it does in a browser is in tests/browser
+
+
+def embedded(path):
+    """Return what the page was given as JSON."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json".*?>(.*?)</script>', text)[1])
+
+
+@over_shapes
+def test_page_holds_the_numbers_and_the_graph(rng, tmp_path, shape, axis):
+    x, gamma, beta, dout = problem(rng, shape, axis)
+    trace(x, gamma, beta, dout, EPS, axis=axis).to_html(tmp_path / "graph.html")
+    graph = embedded(tmp_path / "graph.html")
+    rows = {
+        name: np.moveaxis(array, axis, -1).reshape(-1, 3)
+        for name, array in (("x", x), ("dout", dout))
+    }
+    for name, array in (rows | {"gamma": gamma, "beta": beta}).items():
+        np.testing.assert_array_equal(graph["numbers"][name], array)
+    assert graph["numbers"]["eps"] == EPS
+    assert graph["float32"] is False
+    assert {node["name"] for node in graph["nodes"]} == draw.PLACES.keys()
+    assert len(graph["wires"]) == 13
+
+
+def test_page_is_one_file_that_fetches_nothing(rng, tmp_path):
+    trace(*problem(rng)).to_html(str(tmp_path / "graph.html"))
+    text = (tmp_path / "graph.html").read_text(encoding="utf-8")
+    assert "{{" not in text
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\((?!#)", text)
+
+
+@pytest.mark.parametrize("shape", [(65, 3), (5, 17)])
+def test_page_refuses_more_than_it_can_show(rng, tmp_path, shape):
+    with pytest.raises(
+        ValueError, match=f"64 examples of 16 features, got {shape[0]} of {shape[1]}"
+    ):
+        trace(*problem(rng, shape)).to_html(tmp_path / "graph.html")
+    assert not (tmp_path / "graph.html").exists()
+
+
+def test_limits_of_the_page_are_those_of_its_script():
+    script = importlib.resources.files("bn_cy.graph").joinpath("assets/state.js").read_text("utf-8")
+    assert f"LIMITS = {{ rows: {page.MAX_EXAMPLES}, features: {page.MAX_FEATURES} }}" in script
+
+
+# The command line
+
+
+def test_command_writes_the_page_of_random_numbers(tmp_path):
+    command = [sys.executable, "-m", "bn_cy.graph", "--rows", "4", "--features", "2"]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert first.returncode == 0, first.stderr
+    assert "dxmu = dxmu1 + dxmu2" in first.stdout
+    seed = re.search(r"--seed (\d+)", first.stdout)[1]
+    numbers = embedded(tmp_path / "graph.html")["numbers"]
+    assert np.shape(numbers["x"]) == (4, 2)
+    main(["--rows", "4", "--features", "2", "--seed", seed, "--out", str(tmp_path / "again.html")])
+    assert embedded(tmp_path / "again.html")["numbers"] == numbers
+
+
+@pytest.mark.parametrize("head", ["", "height,weight\n"])
+def test_command_reads_a_file(tmp_path, capsys, head):
+    file = tmp_path / "batch.csv"
+    file.write_text(head + "1.5,2\n\n-3,4e-1\n0.25,6\n", encoding="utf-8")
+    main(["--csv", str(file), "--eps", "0.5", "--out", str(tmp_path / "page.html")])
+    numbers = embedded(tmp_path / "page.html")["numbers"]
+    assert numbers["x"] == [[1.5, 2], [-3, 0.4], [0.25, 6]]
+    assert numbers["eps"] == 0.5
+    assert len(set(np.ravel(numbers["dout"]))) > 1  # ones would hide mistakes
+    errors = re.findall(r"^    (\w+) +(\d.\de.\d+)$", capsys.readouterr().out, re.M)
+    assert [name for name, _ in errors] == [*steps.INPUTS, *(step.name for step in steps.STEPS)]
+    assert max(float(error) for _, error in errors) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--csv", "missing.csv"], "missing.csv"),
+        (["--csv", "words.csv"], "could not convert string"),
+        (["--csv", "holes.csv"], "x must be finite, got nan"),
+        (["--rows", "0"], "--rows and --features must be at least 1"),
+        (["--rows", "65"], "64 examples of 16 features, got 65 of 3"),
+        (["--eps", "-1"], "eps must be finite and not negative"),
+    ],
+)
+def test_command_says_in_a_line_what_is_wrong(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("words.csv").write_text("a,b\n1,two\n", encoding="utf-8")
+    Path("holes.csv").write_text("1,2\nnan,4\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert message in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+    assert not Path("graph.html").exists()
 
 
 # What is refused

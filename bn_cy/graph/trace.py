@@ -7,7 +7,8 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, overload
+from os import PathLike
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -120,21 +121,33 @@ class Paths(NamedTuple):
     variance: float
 
 
-class Nodes(tuple[Node, ...]):
-    """The nodes in the order of the forward pass, which an index or a name finds."""
+class Nodes(Sequence[Node]):
+    """The nodes in the order of the forward pass; an index finds one, and so does a name."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        """Hold the nodes in this order."""
+        self._nodes = tuple(nodes)
+
+    def __len__(self) -> int:
+        """Count the nodes."""
+        return len(self._nodes)
 
     @overload
-    def __getitem__(self, key: str | SupportsIndex) -> Node: ...
+    def __getitem__(self, key: str | int) -> Node: ...
     @overload
     def __getitem__(self, key: slice) -> tuple[Node, ...]: ...
-    def __getitem__(self, key: str | SupportsIndex | slice) -> Node | tuple[Node, ...]:
+    def __getitem__(self, key: str | int | slice) -> Node | tuple[Node, ...]:
         """Find a node by its name or its place."""
         if not isinstance(key, str):
-            return super().__getitem__(key)
-        for node in self:
-            if node.name == key:
-                return node
-        raise KeyError(f"no node {key!r}: the nodes are {', '.join(node.name for node in self)}")
+            return self._nodes[key]
+        names = [node.name for node in self._nodes]
+        if key not in names:
+            raise KeyError(f"no node {key!r}: the nodes are {', '.join(names)}")
+        return self._nodes[names.index(key)]
+
+    def __repr__(self) -> str:
+        """Show the names."""
+        return f"Nodes({', '.join(node.name for node in self._nodes)})"
 
 
 class Trace:
@@ -275,6 +288,28 @@ class Trace:
         from bn_cy.graph.draw import draw
 
         return draw(self, ax)
+
+    def to_html(self, path: str | PathLike[str]) -> None:
+        """Write the graph as a page, one file that needs no network, in which numbers can be moved.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file; one that exists is replaced.
+
+        Raises
+        ------
+        ValueError
+            There are more numbers than a page can show: 64 examples and 16 features.
+
+        Notes
+        -----
+        The page has the examples as rows and the features as columns, whatever the axis. It
+        computes everything itself, in float64, or in float32 if the trace did.
+        """
+        from bn_cy.graph.page import write
+
+        write(self, path)
 
     def __repr__(self) -> str:
         """Show both passes as a table, line by line."""
