@@ -351,7 +351,7 @@ def test_page_refuses_more_than_it_can_show(rng, tmp_path, shape):
 
 
 def test_limits_of_the_page_are_those_of_its_script():
-    script = importlib.resources.files("bn_cy.graph").joinpath("assets/state.js").read_text("utf-8")
+    script = (importlib.resources.files("bn_cy.graph") / "assets" / "state.js").read_text("utf-8")
     assert f"LIMITS = {{ rows: {page.MAX_EXAMPLES}, features: {page.MAX_FEATURES} }}" in script
 
 

@@ -49,7 +49,7 @@ def write(trace: "Trace", path: str | PathLike[str]) -> None:
 
 
 def _asset(name: str) -> str:
-    return resources.files("bn_cy.graph").joinpath("assets", name).read_text(encoding="utf-8")
+    return (resources.files("bn_cy.graph") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _graph(trace: "Trace") -> dict[str, Any]:

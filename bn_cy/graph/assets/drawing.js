@@ -12,7 +12,7 @@ const PLACES = {
   var: [1, 2], sqrtvar: [2, 2],
 };
 const WIDE = { column: 186, row: 152, box: [108, 76], origin: [68, 56], size: [940, 434], font: 13 };
-const NARROW = { column: 79, row: 116, box: [60, 56], origin: [37, 70], size: [390, 346], font: 10 };
+const NARROW = { column: 79, row: 116, box: [60, 56], origin: [36, 71], size: [388, 348], font: 11 };
 
 // Which wires each way to the loss takes, by the gradient that comes back on them.
 const ROAD = ["dgammax", "dxhat"];
@@ -100,11 +100,13 @@ class Drawing {
     const level = this.narrow
       ? [[x, y - box[1] / 2 - 16], [x, y - box[1] / 2 - 5]] // above the boxes, one over the other
       : [[x, y - 10], [x, y + font + 5]];
+    // Out of the way of the wire that runs across, and of the numbers above the lowest nodes.
+    const lower = !this.narrow ? 0 : y < this.place("mu")[1] ? 13 : -10;
     const spots = {
       level: { anchor: ["middle", "middle"], at: level },
-      upright: { anchor: ["end", "start"], at: [[x - 10, y + font / 3], [x + 10, y]] },
+      upright: { anchor: ["end", "start"], at: [[x - 9, y + font / 3 + lower], [x + 9, y + lower]] },
       top: { anchor: ["end", "middle"], at: [[x, y], [x, y]] },
-      diagonal: { anchor: ["end", "start"], at: [[x - 8, y - 6], this.narrow ? [x, y + 24] : [x + 8, y + font]] },
+      diagonal: { anchor: ["end", "start"], at: [[x - 8, y - 6], this.narrow ? [x - 9, y + 31] : [x + 8, y + font]] },
     }[kind];
     const text = (k, name, dy) => svg("text", {
       class: name, x: spots.at[k][0], y: spots.at[k][1] + dy, "text-anchor": spots.anchor[k],
@@ -137,7 +139,7 @@ class Drawing {
     const group = svg("g", { class: "node", role: "button", tabindex: 0, "data-node": node.name, transform: `translate(${x} ${y})` });
     const name = svg("text", { y: -h / 2 + font + 3, "font-size": font }, node.name);
     const check = svg("text", {
-      class: "check", x: w / 2 - (this.narrow ? 3 : 0), y: this.narrow ? -h / 2 + 11 : h / 2 + font + 1,
+      class: "check", x: w / 2, y: h / 2 + font + 1,
       "font-size": font - 2, style: "text-anchor: end",
     });
     const plus = svg("g", { class: "plus", transform: `translate(${-w / 2} ${-h / 2})` },

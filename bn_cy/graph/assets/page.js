@@ -442,9 +442,14 @@ function listenToControls() {
   find("[data-print]").addEventListener("click", () => print());
   find("[data-reset]").addEventListener("click", () => { change({ ...initial, scene: state.scene }); });
   find("[data-copy]").addEventListener("click", async (event) => {
+    const button = event.target;
     save(true);
-    await navigator.clipboard?.writeText(location.href);
-    event.target.textContent = "Copied";
+    try {
+      await navigator.clipboard.writeText(location.href);
+      button.textContent = "Copied";
+    } catch {
+      button.textContent = "It is in the address bar";
+    }
   });
   const inspector = find(".inspector");
   inspector.addEventListener("click", (event) => {
