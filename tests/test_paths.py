@@ -194,6 +194,16 @@ def test_a_value_that_is_not_finite_stays_in_its_feature(rng, where, shape, axis
     assert not np.isfinite([after[1][feature].min(), *(a[feature] for a in spoiled)]).any()
 
 
+@over_dtypes
+def test_a_gradient_sum_that_is_nan_is_one_nan(rng, dtype):
+    """Whatever bits the NaN had: which of two a sum keeps depends on the order of an addition."""
+    x, dout = rng.standard_normal((2, 40, 3)).astype(dtype)
+    dout[7, 1] = np.copysign(np.nan, -1)
+    _, cache = batchnorm_forward(x, np.ones(3), np.zeros(3))
+    for gradient in batchnorm_backward(dout, cache)[1:]:
+        assert gradient[1].tobytes() == dtype(np.nan).tobytes()
+
+
 # A ReLU and a residual: the bits of the same apart, which the tests above hold to their digits
 
 
