@@ -8,7 +8,7 @@ overflow or squares lose digits, and where a ReLU opens or closes. The reference
 import numpy as np
 import pytest
 from exact import TOLERANCE, parameters
-from test_accuracy import BOUNDS, step_errors
+from test_accuracy import BOUNDS, Truth, step_errors
 
 from bn_cy import (
     batchnorm_backward,
@@ -115,6 +115,15 @@ def test_moments_that_are_hard(rng, kind, shape, axis, threads, dtype):
     dout = rng.standard_normal(rows.shape).astype(dtype) * np.sqrt(rows.std(dtype=np.longdouble))
     x, dout = (in_layout(a, shape, axis) for a in (rows, dout.astype(dtype)))
     check_step(rng, x, dout, axis, threads)
+
+
+@pytest.mark.parametrize("count", [8, 9, 31])
+def test_moments_of_few_values_are_summed_in_double(rng, count):
+    x = rng.standard_normal((count, 50)).astype(np.float32)
+    _, mean, var = moments(x)
+    truth = Truth(x)
+    assert truth.mean_errors(mean).max() <= 1e-13
+    assert truth.var_errors(var).max() <= 1e-13
 
 
 # Gradient sums
