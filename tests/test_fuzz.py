@@ -162,15 +162,16 @@ def test_a_write_beside_the_output_is_seen(rng):
             held.raw[place] ^= 1
 
 
-def test_bits_that_depend_on_the_threads_are_seen(rng, monkeypatch):
+def test_bits_that_differ_the_second_time_are_seen(rng, monkeypatch):
     def fault(results, *arguments):
         at = largest(results[0])
-        if at is not None and bn_cy.get_num_threads() > 4:
+        if at is not None and planted.count % 2:
             results[0][at] = np.nextafter(results[0][at], results[0].dtype.type(0))
         return at is not None
 
     planted = Planted(monkeypatch, "batchnorm_forward", fault)
-    assert share_reported(rng, "with other bits", Step, planted, wanted=100) > 0.03
+    share = share_reported(rng, "with other bits", Step, planted, wanted=100)
+    assert share > 0.1  # a quarter of all calls is made twice
 
 
 class Lenient:
