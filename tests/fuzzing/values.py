@@ -6,9 +6,10 @@ LARGEST = {"f": 5e37, "d": 1e150}  # deviations beyond: squares or differences a
 OFFSETS = {"f": (0, 1, -3, 1e3, 1e6), "d": (0, 1, -3, 1e4, 1e8, 1e13)}
 UNITS = {"f": (1, 1, 1, 1e-3, 1e-10, 1e-22, 1e10, 1e30), "d": (1, 1, 1, 1e-10, 1e-100, 1e100)}
 
-# x of few distinct values beside a dout with a mean: dgamma is then a small difference of sums
-# whose terms round a few ways only, and its contract does not hold. False: they are not drawn.
-FEW_VALUES_MEET_A_MEAN = False
+# Roundings that terms have in common, beside a dout with a mean: dgamma is then a small difference
+# of sums, its errors add up, and its contract does not hold. They have them where x has few distinct
+# values, or given statistics are not those of x. False: such a dout is not drawn there.
+COMMON_ROUNDINGS_MEET_A_MEAN = False
 
 
 def normal(rng, source, shape, kind):
