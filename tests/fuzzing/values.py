@@ -7,8 +7,8 @@ OFFSETS = {"f": (0, 1, -3, 1e3, 1e6), "d": (0, 1, -3, 1e4, 1e8, 1e13)}
 UNITS = {"f": (1, 1, 1, 1e-3, 1e-10, 1e-22, 1e10, 1e30), "d": (1, 1, 1, 1e-10, 1e-100, 1e100)}
 
 # Roundings that terms have in common, beside a dout with a mean: dgamma is then a small difference
-# of sums, its errors add up, and its contract does not hold. They have them where x has few distinct
-# values, or given statistics are not those of x. False: such a dout is not drawn there.
+# of sums, its errors add up, and its contract does not hold. They have them where x has few values
+# that differ, or given statistics are not those of x. False: no such dout is drawn there.
 COMMON_ROUNDINGS_MEET_A_MEAN = False
 
 
