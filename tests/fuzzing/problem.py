@@ -78,7 +78,6 @@ class Problem:
         self.count = int(np.prod([size for i, size in enumerate(self.shape) if i != axis]))
         self.eps = source.pick((1e-5, 1e-5, 0.0, 1e-3, 1e-12, 1.0))
         self.layout = self._layout()  # often that of all arrays of the call
-        self.alike = False  # whether terms of dgamma may round alike: see `values`
         self.held = {}
 
     @property
@@ -103,16 +102,13 @@ class Problem:
         layout = self._layout(repeated=True)
         if not (layout.repeated or self.source.chance(40)):
             layout = self.layout
-        if name.startswith("x"):
-            self.alike = kind in values.FEW or bool(layout.repeated)
         return self.hold(name, array, layout)
 
     def batch(self, name="x"):
         return self.fill(name, values.BATCHES)
 
     def dout(self, name="dout"):
-        centred = self.alike and not values.COMMON_ROUNDINGS_MEET_A_MEAN
-        return self.fill(name, values.CENTRED if centred else values.CENTRED + values.GRADIENTS)
+        return self.fill(name, values.GRADIENTS)
 
     def residual(self, name="residual"):
         return self.fill(name, values.RESIDUALS) if self.source.chance(30) else None
