@@ -208,7 +208,7 @@ function renderInspector() {
   host.dataset.key = key;
   const name = inspected(), node = GRAPH.nodes.find((one) => one.name === name);
   const known = moment() >= TIMES.value[name], arrived = moment() >= TIMES.gradient[name];
-  host.innerHTML = html`<header><h3>${name}</h3>${inspectorFormulas(node)}${inspectorButtons(name, known, arrived)}</header>
+  host.innerHTML = html`<header><h2>${name}</h2>${inspectorFormulas(node)}${inspectorButtons(name, known, arrived)}</header>
     <div class="tables">${inspectorTables(node, known, arrived)}</div>${passedOn(name)}<div class="guess"></div>`;
   if (state.hide) buildPrediction(find(".guess", host), state.hide, `Predict ${entryName(state.hide)}.`, () => change({ hide: "" }));
   if (typing) find(`[data-keep="${typing}"]`, host)?.focus();

@@ -64,7 +64,7 @@ function toFragment(state, withoutNumbers = false) {
   const parts = {
     ...(withoutNumbers ? {} : numbers),
     at: `${state.i},${state.f}`, scene: state.scene, node: state.node, hide: state.hide,
-    ones: state.ones ? 1 : "", float32: state.float32 ? 1 : "", offset: state.offset,
+    ones: state.ones ? 1 : "", float32: state.float32 ? 1 : 0, offset: state.offset,
   };
   return Object.entries(parts)
     .filter(([, value]) => value !== "" && value !== null)
@@ -99,6 +99,6 @@ function fromFragment(fragment, state) {
   result.node = given.node ?? "";
   result.hide = given.hide ?? "";
   result.ones = given.ones === "1";
-  result.float32 = "float32" in given ? given.float32 === "1" : state.float32 && !given.x;
+  result.float32 = "float32" in given ? given.float32 === "1" : state.float32;
   return result;
 }
