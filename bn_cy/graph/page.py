@@ -9,6 +9,8 @@ the numbers of the trace as JSON. The scripts, in the order in which they need e
     drawing.js     the graph as SVG
     lesson.js      the order of the lesson, and each step with the reader's numbers
     exhibits.js    bars, the Jacobian, the mistakes, the variances
+    tables.js      heat maps, and the tables of inputs
+    inspector.js   a node in detail, and predictions
     page.js        shows the state, and changes it as the reader does
 """
 
@@ -29,7 +31,17 @@ if TYPE_CHECKING:
 __all__ = ["MAX_EXAMPLES", "MAX_FEATURES", "write"]
 
 MAX_EXAMPLES, MAX_FEATURES = 64, 16  # LIMITS in state.js
-SCRIPTS = ("arithmetic", "typeset", "state", "drawing", "lesson", "exhibits", "page")
+SCRIPTS = (
+    "arithmetic",
+    "typeset",
+    "state",
+    "drawing",
+    "lesson",
+    "exhibits",
+    "tables",
+    "inspector",
+    "page",
+)
 
 
 def write(trace: "Trace", path: str | PathLike[str]) -> None:

@@ -84,7 +84,7 @@ function steps(numbers, round = double, slip = {}) {
   return v;
 }
 
-// --- central differences --------------------------------------------------------------------
+// --- central differences -------------------------------------------------------------------------
 
 // The length over which the loss bends when a node is moved; in the others it is linear.
 const BENDS = {
@@ -144,7 +144,7 @@ function agrees(gradient, numeric, tolerance = 1e-6) {
   return distance(gradient, numeric) <= tolerance * size;
 }
 
-// --- what the exhibits show -------------------------------------------------------------------
+// --- what the exhibits show ----------------------------------------------------------------------
 
 // dx[i, f] as its three ways to the loss.
 function paths(v, i, f) {
@@ -175,7 +175,7 @@ function variances(x, round) {
   };
 }
 
-// --- circulating mistakes -----------------------------------------------------------------------
+// --- circulating mistakes ------------------------------------------------------------------------
 
 // Each with the places in which it may be made, one set of slips a place.
 const MISTAKES = [

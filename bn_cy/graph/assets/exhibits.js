@@ -2,7 +2,6 @@
 "use strict";
 
 const html = (strings, ...values) => String.raw({ raw: strings }, ...values);
-const WAY_NAMES = { direct: "direct", mean: "mean", variance: "variance" };
 
 // The three ways as signed bars from a common zero; those not yet told of are left out.
 function bars(host, v, i, f, told) {
@@ -16,7 +15,7 @@ function bars(host, v, i, f, told) {
   const lines = rows.map(([way, value], k) => {
     const y = 4 + 26 * k, width = Number.isFinite(value / reach) ? (Math.abs(value) / reach) * half : 0;
     const colour = way === "dx" ? "var(--ink)" : `var(--${way})`;
-    const name = way === "dx" ? `dx[${i}, ${f}]` : WAY_NAMES[way];
+    const name = way === "dx" ? `dx[${i}, ${f}]` : way;
     return html`<text x="0" y="${y + 14}" font-size="14">${name}</text>
       <rect x="${value < 0 ? middle - width : middle}" y="${y}" width="${width}" height="18" rx="2" fill="${colour}"></rect>
       <text x="${400}" y="${y + 14}" font-size="14" text-anchor="end">${format(value)}</text>`;

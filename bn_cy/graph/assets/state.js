@@ -55,7 +55,7 @@ function withArray(numbers, name, rows) {
 
 const between = (value, low, high) => Math.min(high, Math.max(low, value));
 
-// --- the address ----------------------------------------------------------------------------------
+// --- the address ---------------------------------------------------------------------------------
 
 function toFragment(state, withoutNumbers = false) {
   const { x, dout, gamma, beta, eps } = state.numbers;

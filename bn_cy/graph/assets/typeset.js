@@ -82,7 +82,7 @@ const derivative = (step, source, local) =>
     mathML(local),
   ) + "</math>";
 
-// --- numbers --------------------------------------------------------------------------------------
+// --- numbers -------------------------------------------------------------------------------------
 
 // Three digits, fewer where they are exact, with a real minus.
 function format(value, digits = 3) {
