@@ -26,6 +26,7 @@ sys.path.append(str(EXAMPLES))
 import oracle
 
 DOCS = Path(__file__).parents[1] / "docs"
+PAGES = ["derivation.md", "why_it_works.md"]
 PAGE = (DOCS / "derivation.md").read_text("utf-8")
 BLOCK = re.compile(r"^```python\n# reference\.(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TABLES = {
@@ -479,14 +480,33 @@ def test_every_numbered_formula_is_verified():
     assert verified == set(numbers)
 
 
-def test_every_link_leads_somewhere():
-    links = re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)\s]*))?\)", re.sub("<!--.*?-->", "", PAGE))
-    headings = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
-    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert len(links) > 12
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_somewhere(name):
+    page = re.sub("<!--.*?-->", "", (DOCS / name).read_text("utf-8"))
+    links = re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)\s]*))?\)", page)
+    assert len(links) > 10
     for path, anchor in links:
         assert (DOCS / path).exists(), path
-        assert not anchor or anchor in slugs, anchor
+        assert not anchor or anchor in slugs(DOCS / path if path else DOCS / name), anchor
+
+
+def slugs(path):
+    """The anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^## (.*)$", path.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_picture_has_its_command(name):
+    """Below it, and it names a script that is there."""
+    page = re.sub("<!--.*?-->", "", (DOCS / name).read_text("utf-8"))
+    pictures, commands = (
+        re.findall(pattern, page, re.MULTILINE)
+        for pattern in (r"^!\[", r"^!\[.*\)\n\n    python (\S+\.py)")
+    )
+    assert 0 < len(pictures) == len(commands)
+    for script in commands:
+        assert (DOCS.parent / script).exists()
 
 
 def test_the_command_of_the_figures_draws(tmp_path):
