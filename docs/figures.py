@@ -3,11 +3,9 @@
     python docs/figures.py [FOLDER]
 
 one_pass.png   the error of the variance by three methods, against the mean
-graph.png      the nine steps of the page's example, by `bn_cy.graph`, where the package has it
+graph.png      the nine steps of the page's example, by `bn_cy.graph`
 """
 
-import importlib
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import bn_cy
-from bn_cy import reference
+from bn_cy import graph, reference
 
 SEEDS = 20
 ROWS = 1000
@@ -66,7 +64,6 @@ def draw_one_pass(path):
 def draw_graph(path):
     x = np.array([[1.0], [3.0], [5.0], [7.0]])
     dout = np.array([[0.0], [9.0], [0.0], [0.0]])
-    graph = importlib.import_module("bn_cy.graph")
     figure = Figure(figsize=(12, 6), layout="constrained")
     graph.trace(x, np.array([2.0]), np.array([1.0]), dout, 4.0).draw(ax=figure.subplots())
     figure.savefig(path, dpi=110)
@@ -74,8 +71,7 @@ def draw_graph(path):
 
 def main(folder=Path(__file__).parent):
     draw_one_pass(Path(folder) / "one_pass.png")
-    if importlib.util.find_spec("bn_cy.graph"):
-        draw_graph(Path(folder) / "graph.png")
+    draw_graph(Path(folder) / "graph.png")
 
 
 if __name__ == "__main__":

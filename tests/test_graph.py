@@ -370,6 +370,12 @@ def test_command_writes_the_page_of_random_numbers(tmp_path):
     assert embedded(tmp_path / "again.html")["numbers"] == numbers
 
 
+def test_the_page_of_the_docs_is_what_the_command_writes(tmp_path):
+    main(["--seed", "7", "--out", str(tmp_path / "graph.html")])
+    page = (Path(__file__).parents[1] / "docs" / "graph.html").read_text("utf-8")
+    assert (tmp_path / "graph.html").read_text("utf-8") == page
+
+
 @pytest.mark.parametrize("head", ["", "height,weight\n"])
 def test_command_reads_a_file(tmp_path, capsys, head):
     file = tmp_path / "batch.csv"
