@@ -280,3 +280,12 @@ def test_results_in_a_memory_map(rng, tmp_path, shape):
     out.flush()
     stored = np.fromfile(out.filename, out.dtype).reshape(shape)
     assert error(stored, exact.backward(a.dout, a.x, a.gamma)[0]) <= 5e-7
+
+
+def test_the_command_for_large_batches(rng, python):
+    """Small ones: more than 2^31 values take half an hour and 18 GB."""
+    command = Path(__file__).parent / "tools" / "large.py"
+    result = python(command, "--elements", 200_000, "--seed", int(rng.integers(2**32)))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("values: mean") == 4
+    assert result.stdout.endswith("all promises kept\n")
