@@ -325,8 +325,8 @@ def interrupted(function):
     global done
     done = 0
     thread = threading.Thread(target=interrupt)
-    thread.start()
     try:
+        thread.start()
         while True:
             function()
             done += 1
