@@ -156,7 +156,8 @@ class Truth:
         left = self.shift_error + 8 * HALF_ULP * self.deviation * self.invstd  # of the mean
         dbeta = self._sum(dout, c.unit * size, slack, promised)
         rounding = c.unit * moved + left[:, 0] * np.abs(dbeta.value)
-        slack = slack + self._small(size > 0, SMALLEST * self.invstd[:, 0] * (2 + size))
+        below = SMALLEST * self.invstd[:, 0] * (2 + size) + c.least * size  # of mean; of (x - c)*p
+        slack = slack + self._small(size > 0, below)
         if self.measured:  # of a constant dgamma is exactly 0
             rounding, slack = (np.where(self.var == 0, 0, a) for a in (rounding, slack))
         dgamma = self._sum(dout * self.xhat, rounding, slack, promised)
