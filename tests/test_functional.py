@@ -307,7 +307,8 @@ def test_normalize_into_memory_that_overlaps_x(rng):
     memory = exact.ordinary(rng, (21, 5))
     kept = memory.copy()
     above, below = memory[:-1], memory[1:]
-    for x, out in ((above, below), (below, above), (above, above[::-1])):
+    spread = memory[:10], memory[:20:2]  # which begin alike
+    for x, out in ((above, below), (below, above), (above, above[::-1]), spread):
         with refused(ValueError, "out may be x itself"):
             normalize(x, np.zeros(5), np.ones(5), out=out)
     np.testing.assert_array_equal(memory, kept)
