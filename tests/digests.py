@@ -44,6 +44,9 @@ CASES = [
     ((2, 3, 9001), 1),
 ]
 
+WALKS = 400  # small shapes, of which a line holds all sums
+WALKED = 1 << 18  # values of one, at the most
+
 
 class Integers:
     """Random numbers that are the same everywhere: splitmix64, a counter that is hashed."""
@@ -109,9 +112,36 @@ def digests_of_case(seed, shape, axis, dtype):
     return trained, frozen, pieces, rescued, digest(*followed)
 
 
+def walked_shapes(numbers):
+    """Return shapes about powers of two, where the order of the sums often changes."""
+    shapes = []
+    while len(shapes) < WALKS:
+        powers = 1 << (numbers.bits(3) >> np.uint64(60))
+        steps = np.array([-1, 0, 0, 1])[numbers.bits(3) % np.uint64(4)]
+        shape = tuple(int(size) for size in np.maximum(powers.astype(int) + steps, 1))
+        if shape[0] * shape[2] > 1 and np.prod(shape) <= WALKED:
+            shapes.append(shape)
+    return shapes
+
+
+def digest_of_walks(seed, dtype):
+    """Return the digest of the sums of many shapes, some of whose features hold an outlier."""
+    numbers = Integers(seed)
+    x, dout = (3 + numbers.bell((2, WALKED))).astype(dtype)
+    x[::4001] *= 100
+    sums = []
+    for shape in walked_shapes(numbers):
+        values, upstream = (a[: np.prod(shape)].reshape(shape) for a in (x, dout))
+        _, mean, var = bn_cy.moments(values)
+        sums += [mean, var, *bn_cy.gradient_sums(upstream, values, mean, var)]
+    return digest(*sums)
+
+
 def lines_of(seed, threads):
     """Yield a line of digests for every case and dtype, computed by so many threads."""
     bn_cy.set_num_threads(threads)
+    for dtype in (np.float32, np.float64):
+        yield f"walks {dtype.__name__}\t{digest_of_walks(seed, dtype)}"
     for shape, axis in CASES:
         for dtype in (np.float32, np.float64):
             name = f"{'x'.join(map(str, shape))} axis {axis} {dtype.__name__}"
