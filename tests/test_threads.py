@@ -232,6 +232,28 @@ def test_a_call_uses_the_threads_that_were_asked_for(rng, python, asked):
     assert result.stdout.split() == ["done"]
 
 
+@needs_openmp
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads of a process")
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("call", ["forward(x)", "backward(x, cache)"])
+@pytest.mark.parametrize("shape", [(20_000, 16), (60, 4000)])  # which share rows, and features
+def test_a_call_has_the_threads_that_it_was_given(python, shape, call, count):
+    code = f"""
+import os
+import numpy as np
+import bn_cy
+x = np.arange(np.prod({shape}), dtype=np.float32).reshape{shape}
+bn_cy.set_num_threads(1)
+_, cache = bn_cy.batchnorm_forward(x)
+before = len(os.listdir("/proc/self/task"))
+bn_cy.set_num_threads({count})
+bn_cy.batchnorm_{call}
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    result = python("-c", code)
+    assert result.stdout.split() == [str(count - 1)], result.stderr
+
+
 # Python threads
 
 
