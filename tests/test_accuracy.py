@@ -325,6 +325,22 @@ def test_few_distinct_values_and_a_gradient_of_one_near_the_mean(rng, kind):
     assert dgamma_error(dgamma, dout, x, 1) <= SUMS
 
 
+@pytest.mark.parametrize("overflows", ["dbeta", "dgamma"])
+@pytest.mark.parametrize(
+    "shape", [(16, 1100), (64, 200), (3000, 7), (2, 3, 300), (2, 3, 9000)]
+)
+def test_gradients_that_overflow_beside_one_that_does_not(rng, shape, overflows):
+    """The first half of the rows alone is too large, the second takes nearly all of it away. Not
+    so of the last feature."""
+    x, size = 4 * rng.standard_normal(shape), rng.uniform(0.9, 1.1, shape)
+    size[:, -1] = 1e-3
+    sign = np.ones(shape) if overflows == "dbeta" else np.sign(x)
+    half = len(x) // 2
+    x[half:], sign[half:] = x[:half], -sign[:half]
+    size[half:] = size[:half] * rng.uniform(0.99, 1.01, size[half:].shape)
+    check_step(rng, x, dout=1e38 * sign * size)
+
+
 # float32: data on which shifts, signs or orders go wrong
 
 
