@@ -308,7 +308,8 @@ def test_normalize_into_memory_that_overlaps_x(rng):
     kept = memory.copy()
     above, below = memory[:-1], memory[1:]
     spread = memory[:10], memory[:20:2]  # which begin alike
-    for x, out in ((above, below), (below, above), (above, above[::-1]), spread):
+    turned = memory[:10], memory[15:5:-1]  # which begin apart
+    for x, out in ((above, below), (below, above), (above, above[::-1]), spread, turned):
         with refused(ValueError, "out may be x itself"):
             normalize(x, np.zeros(5), np.ones(5), out=out)
     np.testing.assert_array_equal(memory, kept)
@@ -647,6 +648,15 @@ def test_empty_batch(shape, dtype):
         assert (array.shape, array.dtype) == (shape, dtype)
     np.testing.assert_array_equal(dgamma, np.zeros(5))
     np.testing.assert_array_equal(dbeta, np.zeros(5))
+
+
+def test_an_empty_batch_has_no_statistics(rng):
+    """Zeros, in memory that was that of another batch's."""
+    for _ in range(10):
+        batchnorm_forward(exact.ordinary(rng, (20, 50)))
+        _, cache = batchnorm_forward(np.empty((0, 50), np.float32))
+        assert not cache.mean.any()
+        assert not cache.var.any()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 4])

@@ -1081,11 +1081,11 @@ def test_loading_is_all_or_nothing(rng, key, fault):
     assert_same_state(snapshot(layer), before)
 
 
-@pytest.mark.parametrize("count", [7, 7.0, np.array([7]), np.float32(7)])
+@pytest.mark.parametrize("count", [7, 7.0, np.array([7]), np.float32(7), 2**63 - 1])
 def test_loaded_count_may_be_any_one_integer(rng, count):
     layer = trained(rng)
     layer.load_state_dict({**layer.state_dict(), "num_batches_tracked": count})
-    assert layer.num_batches_tracked == 7
+    assert layer.num_batches_tracked == count
     assert type(layer.num_batches_tracked) is int
 
 
