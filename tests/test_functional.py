@@ -592,6 +592,14 @@ def test_count_must_be_positive(rng, count):
         input_gradient(x, x, np.zeros(7), np.ones(7), None, 1e-5, x[0], x[0], count)
 
 
+@pytest.mark.parametrize("count", [1, 0.5])
+def test_any_positive_count(rng, count):
+    x, dout = rng.standard_normal((2, 5, 7))
+    sums = rng.standard_normal((2, 7))
+    dx = input_gradient(dout, x, np.zeros(7), np.ones(7), None, 0, *sums, count)
+    np.testing.assert_allclose(dx, dout - sums[0] / count - x * sums[1] / count, atol=1e-12)
+
+
 def test_numbers_beyond_a_double(rng):
     x = exact.ordinary(rng, (5, 7))
     form = x, x, np.zeros(7), np.ones(7), None, 1e-5, x[0], x[0]
