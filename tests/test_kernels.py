@@ -17,6 +17,7 @@ CASES = [  # one for every way in which an array is walked
     ((9, 50), 1),  # few values: moments in double
     ((200, 3, 3, 5), 1),  # rows of images that are merged
     ((2, 3, 9001), 1),  # runs that are cut
+    ((2, 3, 8325), 1),  # and leave a row of five values
 ]
 LARGEST_JACOBIAN = 1000  # values of a feature: it has as many rows and columns
 
