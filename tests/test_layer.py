@@ -93,6 +93,7 @@ def running(layer):
 def test_a_new_layer():
     layer = BatchNorm(5)
     assert layer.training is True
+    assert (layer.num_features, layer.dtype, layer.frozen) == (5, np.float32, False)
     np.testing.assert_array_equal(layer.gamma, np.ones(5, np.float32))
     np.testing.assert_array_equal(layer.beta, np.zeros(5, np.float32))
     assert layer.gamma.dtype == layer.beta.dtype == np.float32
@@ -832,8 +833,9 @@ def test_arrays_of_the_layer_keep_their_place(rng):
 @pytest.mark.parametrize("name", ["num_features", "dtype", "params", "frozen", "cache"])
 def test_what_the_layer_was_made_by_is_not_assigned(name):
     layer = BatchNorm(5)
+    value = getattr(layer, name)
     with pytest.raises(AttributeError):
-        setattr(layer, name, getattr(layer, name))
+        setattr(layer, name, value)
 
 
 @pytest.mark.parametrize(
