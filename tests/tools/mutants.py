@@ -59,6 +59,8 @@ LOADING = 120  # seconds until all tests are collected
 POLL = 0.02  # seconds between two looks at a child
 MEMORY = 8 << 30  # bytes of address space
 
+KINDS = ["not run", "survived", "killed", "equivalent", "slower only"]
+
 # The number of the mutant in force is a constant for loops, so that they stay fast.
 SWITCH = """\
 #include <fcntl.h>
@@ -225,6 +227,8 @@ class Hunter:
         self.failed = False
 
     def pytest_runtestloop(self, session):
+        if session.testsfailed:
+            return None  # of tests that cannot be collected pytest makes an error
         signal.alarm(0)
         items = {item.nodeid: item for item in session.items}
         for number, file in self.files.items():
@@ -348,10 +352,12 @@ def note(number, outcome, test, all_run=False):
 
 
 def results():
-    """Return by number the last outcome of each mutant: (outcome, test, passed)."""
+    """Return by number how each mutant ended in every run: lists of (outcome, test, passed)."""
     path = WORK / "results.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {number: rest for number, *rest in map(json.loads, lines)}
+    found = {}
+    for number, *rest in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+        found.setdefault(number, []).append(rest)
+    return found
 
 
 def test_files():
@@ -360,8 +366,10 @@ def test_files():
 
 @functools.cache
 def stamp(path):
-    """Return a hash of a test file."""
-    return digest((CHECKOUT / path).read_bytes())
+    """Return a hash of a test file, and of what the test files share."""
+    tests = (CHECKOUT / "tests").glob("*.*")
+    shared = sorted(file for file in tests if not file.name.startswith("test_"))
+    return digest(b"".join(file.read_bytes() for file in [CHECKOUT / path, *shared]))
 
 
 def digest(data):
@@ -370,13 +378,13 @@ def digest(data):
 
 def sources(count, seed):
     """Return a hash of all that a build depends on."""
-    paths = [*sorted((CHECKOUT / "bn_cy").rglob("*.p*")), CHECKOUT / "setup.py", *tool_files()]
+    paths = [
+        *sorted((CHECKOUT / "bn_cy").rglob("*.p*")),
+        CHECKOUT / "setup.py",
+        Path(schemata.__file__),
+    ]
     texts = [path.read_bytes() for path in paths if path.is_file() and path.suffix != ".pyc"]
     return digest(b"\0".join([*texts, f"{count} {seed}".encode()]))
-
-
-def tool_files():
-    return [Path(__file__).with_name("schemata.py")]
 
 
 # The run
@@ -422,9 +430,9 @@ def record(seed, count):
 
 def hunt_all(chosen, seed, jobs, budget):
     """Run the tests for every mutant that is not known to be killed, or to be equivalent."""
-    known, reasons = results(), reasons_given()
+    known, reasons = {number: runs[-1] for number, runs in results().items()}, reasons_given()
     at_import = set(load("reached")["at_import"])
-    passed = {number: rest[2] for number, rest in known.items()}
+    passed = {number: last[2] for number, last in known.items()}
     files = {
         number: mutant.file
         for number, mutant in enumerate(chosen, 1)
@@ -470,36 +478,36 @@ def reasons_given():
 def report(chosen, total, count, seed):
     """Return the text of the report."""
     known, reasons = results(), reasons_given()
-    rows, survivors, excused = {}, [], []
+    rows, ways, entries = {}, Counter(), []
     for number, mutant in enumerate(chosen, 1):
-        reason = reasons.get(str(mutant))
-        outcome = known.get(number, ["not run"])[0]
-        if reason:
-            kind = reason.partition(":")[0]
-            excused.append(f"{mutant}\n{reason}")
+        runs = [(outcome, test) for outcome, test, _ in known.get(number, [["not run", "", {}]])]
+        outcome, test = runs[-1]
+        if str(mutant) in reasons:
+            kind, note = reasons[str(mutant)].partition(":")[0], reasons[str(mutant)]
+        elif outcome in ("survived", "not run"):
+            kind = note = outcome
         else:
-            kind = outcome if outcome in ("survived", "not run") else "killed"
-        if kind in ("survived", "not run"):
-            survivors.append(f"{mutant}\n{kind}")
+            kind, note = "killed", f"killed since by {test}" if len(runs) > 1 else ""
+            ways[outcome] += 1
         rows.setdefault(mutant.file, Counter())[kind] += 1
-    kinds = ["killed", "equivalent", "slower only", "survived", "not run"]
+        if note:
+            entries.append((KINDS.index(kind), f"{mutant}\n{note}"))
     whole = sum(rows.values(), Counter())
     counted = whole["killed"] + whole["survived"]
-    commit = git("describe", "--always", "--dirty", "--exclude", "*")
-    ways = Counter(rest[0] for rest in known.values() if rest[0] != "survived")
     lines = [
         f"python tests/tools/mutants.py --count {count} --seed {seed}",
-        f"of {total} mutants, at commit {commit}",
+        f"of {total} mutants, at commit {git('describe', '--always', '--dirty')}",
         "",
         f"killed: {whole['killed']} of {counted} that are neither equivalent nor only slower, "
         f"{100 * whole['killed'] / max(counted, 1):.1f} %",
-        "by " + ", ".join(f"{'a test that ' * (way != '')}{way}: {n}" for way, n in ways.items()),
+        f"({ways['failed']} by a test that failed, {ways['crashed']} by a crash, {ways['hung']} as "
+        "they hung)",
         "",
-        f"{'':32}{'drawn':>12}" + "".join(f"{kind:>12}" for kind in kinds),
+        f"{'':28}{'drawn':>12}" + "".join(f"{kind:>12}" for kind in KINDS),
     ]
     for name, row in [*sorted(rows.items()), ("all", whole)]:
-        lines.append(f"{name:32}{row.total():12}" + "".join(f"{row[kind]:12}" for kind in kinds))
-    return "\n".join([*lines, "", "\n\n".join([*sorted(survivors), *sorted(excused)]), ""])
+        lines.append(f"{name:28}{row.total():12}" + "".join(f"{row[kind]:12}" for kind in KINDS))
+    return "\n".join([*lines, "", "\n\n".join(text for _, text in sorted(entries)), ""])
 
 
 def git(*arguments):
