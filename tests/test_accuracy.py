@@ -326,9 +326,7 @@ def test_few_distinct_values_and_a_gradient_of_one_near_the_mean(rng, kind):
 
 
 @pytest.mark.parametrize("overflows", ["dbeta", "dgamma"])
-@pytest.mark.parametrize(
-    "shape", [(16, 1100), (64, 200), (3000, 7), (2, 3, 300), (2, 3, 9000)]
-)
+@pytest.mark.parametrize("shape", [(16, 1100), (64, 200), (3000, 7), (2, 3, 300), (2, 3, 9000)])
 def test_gradients_that_overflow_beside_one_that_does_not(rng, shape, overflows):
     """The first half of the rows alone is too large, the second takes nearly all of it away. Not
     so of the last feature."""
