@@ -492,7 +492,7 @@ def report(chosen, total, count, seed):
         elif outcome in ("survived", "not run"):
             kind = note = outcome
         else:
-            kind, note = "killed", f"killed since by {test}" if len(runs) > 1 else ""
+            kind, note = "killed", f"killed in a later run by {test}" if len(runs) > 1 else ""
             ways[outcome] += 1
         rows.setdefault(mutant.file, Counter())[kind] += 1
         if note:
