@@ -53,8 +53,8 @@ SITE = WORK / "site"  # where the package with the mutants is installed
 
 FILES = ["kernels/*.pxi", "kernels/kernels.pyx", "functional.pyx", "_layout.pyx", "_buffers.pyx",
          "layer.py", "_attributes.py"]  # fmt: skip
-TESTS = ["functional", "layer", "kernels", "activation", "accuracy", "buffers", "threads",
-         "same_bits"]  # fmt: skip
+TESTS = ["functional", "layer", "kernels", "activation", "paths", "accuracy", "buffers", "threads",
+         "same_bits", "memory", "processes"]  # fmt: skip
 # What sees most mutants of the kernels, though it takes seconds.
 DIGESTS = "tests/test_threads.py::test_every_variant_has_the_committed_digests"
 
