@@ -283,7 +283,7 @@ def test_results_in_a_memory_map(rng, tmp_path, shape):
 
 
 def test_the_command_for_large_batches(rng, python):
-    """Small ones: more than 2^31 values take half an hour and 18 GB."""
+    """Small ones: more than 2^31 values take up to an hour and 18 GB."""
     command = Path(__file__).parent / "tools" / "large.py"
     result = python(command, "--elements", 200_000, "--seed", int(rng.integers(2**32)))
     assert result.returncode == 0, result.stderr

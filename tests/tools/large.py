@@ -2,7 +2,7 @@
 
     python tests/tools/large.py > tests/tools/large.txt
 
-takes half an hour and 18 GB of the folder for temporary files (`--folder` names another). x, dout
+takes up to an hour and 18 GB of the folder for temporary files (`--folder` names another). x, dout
 and the results are files that are mapped into memory, so little memory will do. The values are
 small integers: their sums, and those of their products, are exact. Small runs are part of the
 tests; a large one is not, and `large.txt` is the last one's output.
