@@ -313,6 +313,9 @@ def test_a_state_that_is_read_while_a_layer_is_trained(run):
 
 
 INTERRUPT = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
+
+
 def interrupt():
     "Ctrl-C, a while after the start of the call that is under way."
     time.sleep(0.02)
