@@ -151,4 +151,7 @@ cdef class Buffer:
 
     def __dealloc__(self):
         if self.block is not None:
-            self.pool.give(self.block)
+            try:
+                self.pool.give(self.block)
+            except MemoryError:  # to keep a block takes a little: without it, the block goes
+                pass

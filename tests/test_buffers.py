@@ -209,6 +209,20 @@ def test_where_there_is_no_memory_the_pool_gives_up_its_own():
         relieved(refuse, pool=pool)
 
 
+class Refusing(Pool):
+    """One that finds no memory to keep a block."""
+
+    def give(self, block):
+        raise MemoryError("none")
+
+
+def test_a_block_that_cannot_be_kept_goes_without_a_word():
+    """An exception of a destructor is an error in these tests."""
+    pool = Refusing(limit=1 << 20)
+    Buffer(100, pool)
+    assert pool.free == []
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Linux")
 def test_a_call_finds_the_memory_that_the_pool_holds(tmp_path):
     """It holds 512 MB, in blocks of another size, and 64 MB more are all that is to be had."""
