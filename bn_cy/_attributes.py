@@ -5,7 +5,7 @@ import operator
 import numpy as np
 
 from bn_cy import functional
-from bn_cy._layout import as_index, as_number, as_real
+from bn_cy._layout import as_index, as_number, as_real, copy_all
 
 POLICIES = ("raise", "skip", "update")  # for a batch with NaN or infinity
 NAMED = 5  # features that an error names
@@ -26,10 +26,10 @@ class Arrays(dict):
     def update(self, *values, **more):
         """Assign several: all or none."""
         values = dict(*values, **more)
-        for name, value in values.items():
-            fitted(name, value, self[name])
-        for name, value in values.items():
-            self[name] = value
+        copy_all(
+            [fitted(name, value, self[name]) for name, value in values.items()],
+            [self[name] for name in values],
+        )
 
     def __reduce__(self):
         """Make copies and pickles plain dictionaries: they are no layer's."""

@@ -14,7 +14,7 @@ import numpy as np
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
 from libc.math cimport INFINITY
 from libc.stdint cimport uintptr_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memmove
 
 from bn_cy._buffers import relieved
 
@@ -366,6 +366,26 @@ cdef class Batch:
         finally:
             release(&memory)
         return 0
+
+
+def copy_all(list sources, list targets):
+    """Copy arrays into others of their shapes and dtypes, all in C order: all of them, or none
+    where one is read-only or there is no memory."""
+    cdef Memory memory
+    cdef Py_buffer *to
+    cdef int i, count = len(targets)
+    memory.held = 0
+    try:
+        for array in targets:
+            if hold(&memory, "array", array).readonly:
+                raise ValueError("assignment destination is read-only")
+        for array in sources:
+            hold(&memory, "array", array)
+        for i in range(count):
+            to = &memory.views[i]
+            memmove(to.buf, memory.views[count + i].buf, to.len)
+    finally:
+        release(&memory)
 
 
 cdef Batch batch_of(x, axis):

@@ -246,14 +246,17 @@ def _training_forward(
 ):
     """`batchnorm_forward` that also updates running statistics and counts the batch in `tracked`,
     unless it is empty or, if `nonfinite` is false, has a variance that is not finite. Returns
-    whether it did, too. An interrupt is raised by the caller: it comes before all of it or after.
+    whether it did, too, in a list, which is made before: no memory is wanted after the update.
+    An interrupt is raised by the caller: it comes before all of it or after.
     """
     cdef Cache cache = measured_cache(x, axis)
+    cdef Block kept = None if out is None else rows_of(cache.batch, 2)
     cdef Running running
     cdef int64_t *count = NULL
     cdef Memory memory
     memory.held = 0
     running.updated = False
+    result = [None, cache, False]
     try:  # held before anything is written: a refused call changes nothing
         running.mean = cache.batch.running(&memory, "running_mean", running_mean)
         running.var = cache.batch.running(&memory, "running_var", running_var)
@@ -263,12 +266,13 @@ def _training_forward(
         running.correction = cache.values / (cache.values - 1) if unbiased else 1
         if isinstance(out, np.ndarray):
             refuse_overlaps(out, hold(&memory, "out", out), &memory, 2, "the running statistics")
-        y = run_forward(cache, x, gamma, beta, eps, out, relu, residual, True, &running, True)
+        result[0] = run_tracked(cache, x, gamma, beta, eps, out, relu, residual, &running, kept)
+        result[2] = running.updated
     finally:
         if running.updated:
             count[0] += 1
         release(&memory)
-    return y, cache, running.updated
+    return result
 
 
 def frozen_forward(
@@ -610,6 +614,25 @@ cdef run_forward(
     if backward:
         cache.fingerprint = batch.fingerprint()
     return delivered(y, out)
+
+
+cdef run_tracked(
+    Cache cache, x, gamma, beta, eps, out, bint relu, residual, Running *running, Block kept
+):
+    """`run_forward`, after which the running statistics are put back where there was no memory to
+    copy y to an `out` in another memory order."""
+    cdef size_t row = cache.batch.shape.features * sizeof(double)
+    if kept is not None:
+        memcpy(kept.start, running.mean, row)
+        memcpy(kept.start + row, running.var, row)
+    try:
+        return run_forward(cache, x, gamma, beta, eps, out, relu, residual, True, running, True)
+    except MemoryError:
+        if kept is not None and running.updated:
+            memcpy(running.mean, kept.start, row)
+            memcpy(running.var, kept.start + row, row)
+            running.updated = False
+        raise
 
 
 cdef run_backward(

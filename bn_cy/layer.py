@@ -17,7 +17,7 @@ from bn_cy._attributes import (
     places,
 )
 from bn_cy._forks import lock_of
-from bn_cy._layout import as_float_dtype, as_index, as_plain
+from bn_cy._layout import as_float_dtype, as_index, as_plain, copy_all
 
 __all__ = ["BatchNorm"]
 
@@ -220,7 +220,7 @@ class BatchNorm:
         gamma, beta = self._params.get("gamma"), self._params.get("beta")
         measured = not self._running or (self.training and not self._frozen)
         if measured and update and self._running:
-            y, cache = self._track(x, gamma, beta, out, residual)
+            y, cache, _ = self._track(x, gamma, beta, out, residual)
         else:
             given = {"axis": self._axis, "out": out, "relu": self.relu, "residual": residual}
             if measured:
@@ -269,13 +269,15 @@ class BatchNorm:
         else:
             self._check_cache(cache)
         dx, dgamma, dbeta, *dresidual = functional.batchnorm_backward(dout, cache, out=out)
-        if dgamma is not None:
-            self.grads["gamma"] = dgamma.astype(self._dtype, copy=False)
-        if dbeta is not None:
-            self.grads["beta"] = dbeta.astype(self._dtype, copy=False)
+        result = (dx, *dresidual) if dresidual else dx
+        found = {"gamma": dgamma, "beta": dbeta}
+        for name in self._params:
+            found[name] = found[name].astype(self._dtype, copy=False)
+        for name in self._params:  # now that no memory can be lacking: all change or none
+            self.grads[name] = found[name]
         if own:
             self._cache = None
-        return (dx, *dresidual) if dresidual else dx
+        return result
 
     def train(self, mode=True):
         """Switch to training mode, or to eval mode.
@@ -324,11 +326,12 @@ class BatchNorm:
 
     def reset_running_stats(self):
         """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
+        fresh, arrays = [np.zeros((), np.int64)], [self._tracked]
+        if self._running:
+            fresh += [np.zeros(self._num_features), np.ones(self._num_features)]
+            arrays += [self.running_mean, self.running_var]
         with self._lock:
-            self.num_batches_tracked = 0
-            if self._running:
-                self.running_mean[:] = 0
-                self.running_var[:] = 1
+            copy_all(fresh, arrays)
 
     def state_dict(self):
         """Return copies of the parameters and running statistics under PyTorch's names.
@@ -375,15 +378,15 @@ class BatchNorm:
                 f"state must have the keys {[prefix + name for name in (*arrays, *counter)]}; "
                 f"missing: {sorted(missing) or 'none'}, unexpected: {sorted(unexpected) or 'none'}"
             )
-        loaded = {name: fitted(name, own[name], array).copy() for name, array in arrays.items()}
+        loaded = [fitted(name, own[name], array).copy() for name, array in arrays.items()]
         for name, array in arrays.items():
             if not array.flags.writeable:
                 raise ValueError(f"{name} cannot be loaded: the layer's array is read-only")
+        if self._running:
+            arrays["num_batches_tracked"] = self._tracked
+            loaded.append(np.array(checked_tracked(own.get("num_batches_tracked", 0)), np.int64))
         with self._lock:
-            if self._running:
-                self.num_batches_tracked = own.get("num_batches_tracked", 0)
-            for name, array in arrays.items():
-                array[...] = loaded[name]
+            copy_all(loaded, list(arrays.values()))
 
     def __getstate__(self):
         """Everything but the cached batch and the lock; copies of what a training step updates."""
@@ -441,7 +444,7 @@ class BatchNorm:
         if residual is not None:  # nobody else's code runs under the lock
             residual = as_plain("residual", residual)
         with self._lock:
-            y, cache, counted = functional._training_forward(
+            result = functional._training_forward(
                 x,
                 mean,
                 var,
@@ -457,14 +460,16 @@ class BatchNorm:
                 self.relu,
                 residual,
             )
+        _, cache, counted = result
         if not counted and not cache.empty and self._on_nonfinite == "raise":
-            self._cache = None  # a backward would give the gradient of the batch before
             wrong = np.flatnonzero(~np.isfinite(cache.var))
-            raise FloatingPointError(
+            error = FloatingPointError(
                 f"x has NaN or infinity, or a variance that overflows, {places(wrong)}; the batch "
                 'is not counted (on_nonfinite="skip" normalizes such a batch without an error)'
             )
-        return y, cache
+            self._cache = None  # a backward would give the gradient of the batch before
+            raise error
+        return result
 
     def _check_cache(self, cache):
         if not isinstance(cache, functional.Cache):

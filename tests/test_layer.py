@@ -896,6 +896,38 @@ def test_a_forward_that_cannot_update_changes_nothing(rng):
         np.testing.assert_array_equal(layer.backward(dout), dx)
 
 
+def test_arrays_are_assigned_all_or_none(rng):
+    """Also where one turns out to be read-only when another could be written."""
+    layer = trained(rng)
+    x, _ = batch(rng)
+    layer(x)
+    before = snapshot(layer)
+    layer.beta.flags.writeable = layer.running_var.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        layer.params.update(gamma=np.full(5, 7), beta=np.full(5, 7))
+    with pytest.raises(ValueError, match="read-only"):
+        layer.reset_running_stats()
+    assert_same_state(snapshot(layer), before)
+
+
+class Full(np.ndarray):
+    """An array to which nothing can be copied, as memory ends."""
+
+    def __setitem__(self, *_):
+        raise MemoryError("none")
+
+
+def test_a_result_that_cannot_be_copied_changes_nothing(rng):
+    layer = trained(rng)
+    x, _ = batch(rng)
+    layer(x)
+    before = snapshot(layer)
+    out = np.zeros((16, 10), x.dtype)[:, ::2].view(Full)
+    with pytest.raises(MemoryError, match="none"):
+        layer(x + 1, out=out)
+    assert_same_state(snapshot(layer), before)
+
+
 @pytest.mark.parametrize("unfit", [None, np.zeros(4), np.zeros(5, np.float32), np.zeros(10)[::2]])
 def test_running_statistics_are_checked_where_they_are_written(rng, unfit):
     x, _ = batch(rng)
