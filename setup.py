@@ -3,7 +3,8 @@
 Environment variables that change the build:
 
 BN_CY_OPENMP=0       no OpenMP: every kernel runs in one thread
-BN_CY_SANITIZE=1     GCC's address sanitizer watches every access (run with its libasan preloaded)
+BN_CY_SANITIZE=...   what the compiler's -fsanitize= takes, such as address,undefined or thread; to
+                     be run with the sanitizer's library preloaded
 BN_CY_BOUNDSCHECK=1  every index of a typed memoryview is checked; 6 to 13 times slower
 BN_CY_COVERAGE=1     GCC counts how often each line of Cython runs, for gcov
 CC, CFLAGS, ...      as for every setuptools build
@@ -24,7 +25,7 @@ KERNELS = "bn_cy.kernels."  # and the name of the variant
 SHARED = "bn_cy._cyutility"  # Cython's own code, such as memoryviews, once for all modules
 
 SERIAL = os.environ.get("BN_CY_OPENMP", "") == "0"
-SANITIZE = os.environ.get("BN_CY_SANITIZE", "") not in ("", "0")
+SANITIZE = os.environ.get("BN_CY_SANITIZE", "")
 BOUNDSCHECK = os.environ.get("BN_CY_BOUNDSCHECK", "") not in ("", "0")
 COVERAGE = os.environ.get("BN_CY_COVERAGE", "") not in ("", "0")
 
@@ -41,11 +42,12 @@ GCC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
 # What a special build adds; without one there is no debug information, two thirds of a wheel.
-# Above -O1 a compiler counts for one line what it has moved to another.
-LINKED_FLAGS = ["-fsanitize=address"] if SANITIZE else []
+# Above -O1 a compiler counts for one line what it has moved to another, and takes minutes for the
+# checks of a sanitizer.
+LINKED_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
 LINKED_FLAGS += ["--coverage"] if COVERAGE else []
 SPECIAL_FLAGS = LINKED_FLAGS + (["-g1"] if LINKED_FLAGS else ["-g0"])
-SPECIAL_FLAGS += ["-O1"] if COVERAGE else []
+SPECIAL_FLAGS += ["-O1"] if LINKED_FLAGS else []
 SPECIAL_FLAGS += ["-DBN_CY_BOUNDSCHECK"] if BOUNDSCHECK else []
 
 # Each if the compiler takes it. GCC gives up on loops over eight rows of doubles, which might
@@ -158,8 +160,10 @@ class BuildExtensions(build_ext):
         msvc = self.compiler.compiler_type == "msvc"
         common = list(MSVC_FLAGS) if msvc else GCC_FLAGS + SPECIAL_FLAGS
         tuning = []  # of the kernels
-        for flags in [] if msvc else GCC_TUNING:
+        for flags in [] if msvc or SANITIZE else GCC_TUNING:
             tuning += flags if builds(self.compiler, TRIVIAL_PROGRAM, flags) else []
+        if not SANITIZE and builds(self.compiler, GCC_PROGRAM, GCC_INLINING):
+            tuning += GCC_INLINING
         variants = choose_variants(
             self.compiler, self.plat_name, MSVC_VARIANTS if msvc else GCC_VARIANTS
         )
@@ -168,7 +172,6 @@ class BuildExtensions(build_ext):
             openmp = find_openmp(self.compiler, MSVC_OPENMP if msvc else GCC_OPENMP)
         self.announce_choice(variants, openmp)
 
-        tuning += GCC_INLINING if builds(self.compiler, GCC_PROGRAM, GCC_INLINING) else []
         kernels = {KERNELS + name: tuning + flags for name, flags in variants.items()}
         self.extensions[:] = [
             ext for ext in self.extensions if ext.name in kernels or KERNELS not in ext.name
@@ -235,7 +238,7 @@ if __name__ == "__main__":
     # One folder for each kind of build: the objects of one never pass for those of another.
     asked = {
         "serial": SERIAL,
-        "sanitize": SANITIZE,
+        f"sanitize-{SANITIZE}": SANITIZE,
         "boundscheck": BOUNDSCHECK,
         "coverage": COVERAGE,
     }
