@@ -358,28 +358,41 @@ def test_threads_share_what_they_only_read(rng, frozen):
 # Stacks
 
 STACK = """
+import threading
 import numpy as np
 import bn_cy
 
 bn_cy.set_num_threads(2)
 rng = np.random.default_rng({seed})
 shapes = (2, 300000), (1000, 1100), (20, 30000), (128, 64, 7, 7), (4, 64, 99, 99)
-for shape, axis in zip(shapes, (0, 1, 1, 1, 1)):
-    for dtype in (np.float32, np.float64):
-        x, dout = rng.standard_normal((2, *shape)).astype(dtype)
-        for constant, gradient in (False, 1), (True, np.inf):  # the latter are summed again
-            x[...] = 7 if constant else x
-            dout.flat[0] = gradient
-            for beta, residual in (None, None), (np.ones(shape[axis]), None), (None, dout):
-                _, cache = bn_cy.batchnorm_forward(
-                    x, beta=beta, axis=axis, relu=beta is not None, residual=residual)
-                bn_cy.batchnorm_backward(dout, cache)
-print("done")
+
+
+def step(x, dout, beta, axis, residual):
+    relu = beta is not None
+    _, cache = bn_cy.batchnorm_forward(x, beta=beta, axis=axis, relu=relu, residual=residual)
+    bn_cy.batchnorm_backward(dout, cache)
+
+
+def work():
+    for shape, axis in zip(shapes, (0, 1, 1, 1, 1)):
+        for dtype in (np.float32, np.float64):
+            x, dout = rng.standard_normal((2, *shape)).astype(dtype)
+            for constant, gradient in (False, 1), (True, np.inf):  # the latter are summed again
+                x[...] = 7 if constant else x
+                dout.flat[0] = gradient
+                for beta, residual in (None, None), (np.ones(shape[axis]), None), (None, dout):
+                    step(x, dout, beta, axis, residual)
+    print("done")
+
+
+threading.stack_size({stack} << 10)
+threading.Thread(target=work).start()
 """
 
 
 def test_the_small_stacks_of_musl_are_enough(rng, python):
-    code = STACK.format(seed=int(rng.integers(2**32)))
+    """For a thread that calls, and for those that OpenMP adds to it."""
+    code = STACK.format(seed=int(rng.integers(2**32)), stack=128)
     result = python("-c", code, OMP_STACKSIZE="128K")
     assert result.stdout.split() == ["done"], result.stderr
 
