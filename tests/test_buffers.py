@@ -23,6 +23,11 @@ from bn_cy import (
 
 SHAPE = (1024, 256)  # a megabyte of float32
 
+without_sanitizer = pytest.mark.skipif(
+    "-fsanitize=" in show_config(mode="dicts")["flags"],
+    reason="a sanitizer's allocator has limits of its own",
+)
+
 
 def address(array):
     return array.__array_interface__["data"][0]
@@ -262,10 +267,7 @@ def given_statistics(function):
     return call
 
 
-@pytest.mark.skipif(
-    "-fsanitize=address" in show_config(mode="dicts")["flags"],
-    reason="the address sanitizer ends a process that asks for so much",
-)
+@without_sanitizer
 @pytest.mark.parametrize(
     "function",
     [batchnorm_forward, moments, given_statistics(normalize), given_statistics(frozen_forward)],
@@ -293,6 +295,7 @@ def test_memory_of_a_machine_that_does_not_tell(monkeypatch, fault):
     assert memory_of_machine() == 4 << 30
 
 
+@without_sanitizer
 @pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Linux")
 @pytest.mark.parametrize(
     ("call", "megabytes", "direction"),
