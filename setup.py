@@ -25,7 +25,7 @@ KERNELS = "bn_cy.kernels."  # and the name of the variant
 SHARED = "bn_cy._cyutility"  # Cython's own code, such as memoryviews, once for all modules
 
 SERIAL = os.environ.get("BN_CY_OPENMP", "") == "0"
-SANITIZE = os.environ.get("BN_CY_SANITIZE", "")
+SANITIZE = os.environ.get("BN_CY_SANITIZE", "").removeprefix("0")
 BOUNDSCHECK = os.environ.get("BN_CY_BOUNDSCHECK", "") not in ("", "0")
 COVERAGE = os.environ.get("BN_CY_COVERAGE", "") not in ("", "0")
 

@@ -27,7 +27,7 @@ class Arrays(dict):
         """Assign several: all or none."""
         values = dict(*values, **more)
         copy_all(
-            [fitted(name, value, self[name]) for name, value in values.items()],
+            [fitted(name, value, self[name]).copy() for name, value in values.items()],
             [self[name] for name in values],
         )
 

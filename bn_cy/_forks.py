@@ -15,13 +15,14 @@ _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _taken: list[Any] = []  # the locks that the fork under way has
 
 
-def lock_of(layer: Any) -> Any:
-    """Return a new lock for a layer, `layer._lock`.
+def give_lock(layer: Any) -> None:
+    """Give a layer its lock, `layer._lock`; not while a fork is under way, which would miss it.
 
     It may be taken again by the thread that has it: a signal handler may fork, or use the layer.
     """
-    _layers[id(layer)] = layer
-    return threading.RLock()
+    with _forking:
+        layer._lock = threading.RLock()
+        _layers[id(layer)] = layer
 
 
 def _alive() -> list[Any]:

@@ -235,18 +235,15 @@ cdef class Batch:
 
     cdef unsigned long long fingerprint(self) noexcept:
         """Of some of the values of x as they are now: of all of a small one, else of WITNESSES that
-        lie irregularly, among them the first and the last. Of doubles it is the half with the sign
-        and the exponent."""
-        cdef Py_ssize_t words = self.view.itemsize // sizeof(unsigned)
-        cdef const unsigned *value = <const unsigned *>self.view.buf + (words - 1)
+        lie irregularly, among them the first and the last."""
+        cdef const unsigned *words = <const unsigned *>self.view.buf
+        cdef Py_ssize_t i, last = self.size - 1, width = self.view.itemsize // sizeof(unsigned)
         cdef unsigned long long mark = 0
         cdef int k
-        if self.size <= WITNESSES:
-            for k in range(<int>self.size):
-                mark += value[k * words] * WEIGHTS[k]
-        else:
-            for k in range(WITNESSES):
-                mark += value[<Py_ssize_t>(PLACES[k] * (self.size - 1)) * words] * WEIGHTS[k]
+        for k in range(<int>min(self.size, <Py_ssize_t>WITNESSES)):
+            i = k if last < WITNESSES else <Py_ssize_t>(PLACES[k] * last)
+            mark += words[i * width] * WEIGHTS[k]
+            mark += words[(i + 1) * width - 1] * (WEIGHTS[k] >> 1)
         return mark
 
     cdef object dtype(self):

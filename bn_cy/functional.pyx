@@ -29,7 +29,7 @@ from bn_cy._threads import get_num_threads
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport INFINITY
-from libc.stdint cimport int64_t
+from libc.stdint cimport INT64_MAX, int64_t
 from libc.string cimport memcpy, memset
 
 from bn_cy._buffers import POOL, clear_buffers
@@ -250,7 +250,7 @@ def _training_forward(
     An interrupt is raised by the caller: it comes before all of it or after.
     """
     cdef Cache cache = measured_cache(x, axis)
-    cdef Block kept = None if out is None else rows_of(cache.batch, 2)
+    cdef Block before = None if out is None else rows_of(cache.batch, 2)
     cdef Running running
     cdef int64_t *count = NULL
     cdef Memory memory
@@ -261,15 +261,15 @@ def _training_forward(
         running.mean = cache.batch.running(&memory, "running_mean", running_mean)
         running.var = cache.batch.running(&memory, "running_var", running_var)
         count = <int64_t *>hold(&memory, "num_batches_tracked", tracked).buf
-        running.weight = 1 / <double>(count[0] + 1) if momentum is None else momentum
+        running.weight = 1 / (<double>count[0] + 1) if momentum is None else momentum
         running.nonfinite = nonfinite
         running.correction = cache.values / (cache.values - 1) if unbiased else 1
         if isinstance(out, np.ndarray):
             refuse_overlaps(out, hold(&memory, "out", out), &memory, 2, "the running statistics")
-        result[0] = run_tracked(cache, x, gamma, beta, eps, out, relu, residual, &running, kept)
+        result[0] = run_tracked(cache, x, gamma, beta, eps, out, relu, residual, &running, before)
         result[2] = running.updated
     finally:
-        if running.updated:
+        if running.updated and count[0] < INT64_MAX:
             count[0] += 1
         release(&memory)
     return result
@@ -350,7 +350,7 @@ def batchnorm_backward(dout, Cache cache not None, *, out=None):
         If `dout` or `out` is not an array of x's shape and dtype, or `cache` is not a cache.
     RuntimeError
         If `x` was changed after the forward. It is noticed by 64 of its values, wherever they lie:
-        a change of all of `x`, or of one batch to the next, does not pass, one of few values may.
+        a change of all values does not pass, one of few, or of an `x` that is nearly all 0, may.
 
     Notes
     -----
@@ -617,20 +617,20 @@ cdef run_forward(
 
 
 cdef run_tracked(
-    Cache cache, x, gamma, beta, eps, out, bint relu, residual, Running *running, Block kept
+    Cache cache, x, gamma, beta, eps, out, bint relu, residual, Running *running, Block before
 ):
     """`run_forward`, after which the running statistics are put back where there was no memory to
     copy y to an `out` in another memory order."""
     cdef size_t row = cache.batch.shape.features * sizeof(double)
-    if kept is not None:
-        memcpy(kept.start, running.mean, row)
-        memcpy(kept.start + row, running.var, row)
+    if before is not None:
+        memcpy(before.start, running.mean, row)
+        memcpy(before.start + row, running.var, row)
     try:
         return run_forward(cache, x, gamma, beta, eps, out, relu, residual, True, running, True)
     except MemoryError:
-        if kept is not None and running.updated:
-            memcpy(running.mean, kept.start, row)
-            memcpy(running.var, kept.start + row, row)
+        if before is not None and running.updated:
+            memcpy(running.mean, before.start, row)
+            memcpy(running.var, before.start + row, row)
             running.updated = False
         raise
 

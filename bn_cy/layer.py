@@ -16,7 +16,7 @@ from bn_cy._attributes import (
     fixed,
     places,
 )
-from bn_cy._forks import lock_of
+from bn_cy._forks import give_lock
 from bn_cy._layout import as_float_dtype, as_index, as_plain, copy_all
 
 __all__ = ["BatchNorm"]
@@ -150,7 +150,7 @@ class BatchNorm:
         )
         self._tracked = np.zeros((), np.int64)
         self._cache, self._cached_mode = None, True
-        self._lock = lock_of(self)
+        give_lock(self)
 
     params = fixed("params", "The parameters by name; what is assigned is copied into them.")
     num_features = fixed("num_features", "Length of the feature axis.")
@@ -407,7 +407,8 @@ class BatchNorm:
                 f"and this bn_cy reads version {PICKLE_VERSION}"
             )
         arrays = {name: Arrays(state[name]) for name in ("_params", "_running")}
-        self.__dict__.update(state, **arrays, _lock=lock_of(self))
+        self.__dict__.update(state, **arrays)
+        give_lock(self)
 
     def __repr__(self):
         """As the expression that makes such a layer."""

@@ -8,6 +8,7 @@ import textwrap
 import numpy as np
 import pytest
 from bn_cy._buffers import POOL, Buffer, Pool, memory_limit, memory_of_machine, relieved
+from builds import without_sanitizer
 
 from bn_cy import (
     BatchNorm,
@@ -18,15 +19,9 @@ from bn_cy import (
     input_gradient,
     moments,
     normalize,
-    show_config,
 )
 
 SHAPE = (1024, 256)  # a megabyte of float32
-
-without_sanitizer = pytest.mark.skipif(
-    "-fsanitize=" in show_config(mode="dicts")["flags"],
-    reason="a sanitizer's allocator has limits of its own",
-)
 
 
 def address(array):
