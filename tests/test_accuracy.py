@@ -283,7 +283,6 @@ FEW_VALUES = {
     ),
     "half precision": lambda rng, shape: rng.standard_normal(shape).astype(np.float16),
     "three by turns": lambda rng, shape: by_turns(rng, 3, shape),
-    "seven by turns": lambda rng, shape: by_turns(rng, 7, shape),
 }
 
 FEW_VALUES_IN = [((rows, 12), 1) for rows in (100, 1000, 10_000, 100_000)] + [
