@@ -389,7 +389,7 @@ class BatchNorm:
             copy_all(loaded, list(arrays.values()))
 
     def __getstate__(self):
-        """Everything but the cached batch and the lock; copies of what a training step updates."""
+        """Everything but the cached batch and the lock; copies of what a forward updates."""
         state = {**self.__dict__, "version": PICKLE_VERSION, "_cache": None}
         del state["_lock"]
         with self._lock:

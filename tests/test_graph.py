@@ -450,6 +450,14 @@ GOOD = {
         ({"dout": np.full((5, 3), np.inf)}, ValueError, "dout must be finite, got inf"),
         ({"eps": -1}, ValueError, "eps must be finite and not negative, got -1"),
         ({"eps": "small"}, TypeError, "eps must be a number, got 'small'"),
+        ({"eps": "0.5"}, TypeError, "eps must be a number, got '0.5'"),
+        ({"eps": 10**400}, ValueError, "eps must be finite and not negative, got 1000"),
+        ({"x": GOOD["x"] * 1e200}, ValueError, "x must have variances that float64 holds, got inf"),
+        (
+            {"x": np.ones((5, 3), np.float32), "eps": 1e-50},
+            ValueError,
+            "eps must not be 0 in float32 .* feature 0 of x",
+        ),
         ({"axis": 2}, ValueError, r"axis must be from -2 to 1 for x of shape \(5, 3\), got 2"),
         ({"axis": 1.0}, TypeError, "axis must be an integer, got 1.0"),
         ({"x": np.ones((5, 3)), "eps": 0}, ValueError, "eps must not be 0 .* feature 0 of x"),
@@ -458,6 +466,13 @@ GOOD = {
 def test_bad_arguments_are_refused_by_name(given, error, message):
     with pytest.raises(error, match=message):
         trace(**(GOOD | given))
+
+
+def test_a_batch_in_the_other_byte_order_is_taken(rng):
+    arguments = problem(rng, (4, 3))
+    swapped = arguments[0].astype(arguments[0].dtype.newbyteorder())
+    assert np.array_equal(trace(swapped, *arguments[1:]).nodes["x"].gradient,
+                          trace(*arguments).nodes["x"].gradient)  # fmt: skip
 
 
 def test_lists_and_whole_parameters_are_taken():

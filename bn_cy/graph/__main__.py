@@ -53,6 +53,8 @@ def batch_of(options: argparse.Namespace, rng: np.random.Generator) -> Trace:
 def read_csv(path: Path) -> NDArray[np.float64]:
     """Read numbers separated by commas; a first line that holds none names the columns."""
     lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} holds no numbers")
     try:
         return np.loadtxt(lines, delimiter=",", ndmin=2)
     except ValueError:

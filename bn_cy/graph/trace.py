@@ -359,8 +359,8 @@ def trace(
     TypeError
         An argument is no array of real numbers, or x is not of float32 or float64.
     ValueError
-        A shape does not fit, a number is not finite, x has no values, or a feature's variance and
-        eps are both 0, where 1/sqrt(var + eps) has no value.
+        A shape does not fit, a number is not finite, x has no values, a feature's variance
+        overflows, or it and eps are both 0, where 1/sqrt(var + eps) has no value.
 
     Examples
     --------
@@ -415,8 +415,7 @@ def trace(
     gamma = _checked("gamma", gamma, x.dtype, features, "one value per feature")
     beta = _checked("beta", beta, x.dtype, features, "one value per feature")
     dout = _checked("dout", dout, x.dtype, x.shape, "that of x")
-    if eps == 0:
-        _check_variance(x, axis)
+    _check_variance(x, eps, axis)
     return Trace(x, gamma, beta, dout, eps, axis)
 
 
@@ -476,14 +475,15 @@ def _checked(name: str, value: ArrayLike, dtype: Any, shape: tuple[int, ...], wh
 
 def _checked_batch(x: ArrayLike) -> Array:
     array = _real("x", x)
-    if array.dtype not in (np.float32, np.float64):
+    dtype = array.dtype.newbyteorder("=")
+    if dtype not in (np.float32, np.float64):
         raise TypeError(f"x must be of float32 or float64, got {array.dtype}")
     if array.ndim < 2:
         raise ValueError(f"x must have two dimensions or more, got shape {array.shape}")
     if array.size == 0:
         raise ValueError(f"x must have at least one value, got shape {array.shape}")
     _check_finite("x", array)
-    return array.astype(array.dtype.newbyteorder("="))  # a copy: the trace keeps its numbers
+    return array.astype(dtype)  # a copy: the trace keeps its numbers
 
 
 def _real(name: str, value: ArrayLike) -> Array:
@@ -512,8 +512,12 @@ def _checked_axis(axis: int, x: Array) -> int:
 
 
 def _checked_eps(eps: float) -> float:
+    if isinstance(eps, str):
+        raise TypeError(f"eps must be a number, got {eps!r}")
     try:
         number = float(eps)
+    except OverflowError:
+        number = math.inf
     except (TypeError, ValueError):
         raise TypeError(f"eps must be a number, got {eps!r}") from None
     if not 0 <= number < math.inf:
@@ -521,11 +525,18 @@ def _checked_eps(eps: float) -> float:
     return number
 
 
-def _check_variance(x: Array, axis: int) -> None:
-    """Refuse the feature in which the graph divides 0 by 0."""
-    constant = np.flatnonzero(reference.moments(x, axis=axis)[2] == 0)
+def _check_variance(x: Array, eps: float, axis: int) -> None:
+    """Refuse a feature whose squares overflow, or in which the graph divides 0 by 0."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        var = reference.moments(x, axis=axis)[2]
+    large = np.flatnonzero(~np.isfinite(var))
+    if large.size:
+        raise ValueError(
+            f"x must have variances that {x.dtype} holds, got {var[large[0]]} of feature {large[0]}"
+        )
+    constant = np.flatnonzero(var + x.dtype.type(eps) == 0)
     if constant.size:
         raise ValueError(
-            f"eps must not be 0 where a feature is constant, as feature {constant[0]} of x is: "
-            "1/sqrt(var + eps) has no value"
+            f"eps must not be 0 in {x.dtype} where a feature is constant, as feature "
+            f"{constant[0]} of x is: 1/sqrt(var + eps) has no value"
         )
