@@ -20,6 +20,7 @@ import ctypes
 import functools
 import gc
 import itertools
+import json
 import os
 import pickle
 import re
@@ -355,6 +356,9 @@ def methods():
 
 FAILED = object()
 
+# What must have failed: the words of the package, for its own allocations.
+SITES = "partial sums of a forward", "partial sums of a backward", "no memory for"
+
 # Python 3.11 leaves the arguments of a function behind for whose closure it finds no memory: these
 # calls have such functions, in the package, in `copy` or in `pickle`.
 CLOSURES = "load_state_dict", "pickle", "copy", "deepcopy"
@@ -367,15 +371,16 @@ WORDS_OF_OTHERS = re.compile(
 )
 
 
-def attempt(heap, act, n, length):
+def attempt(heap, act, n, length, counts):
     """Return what a call gives, or FAILED; and how many faults it met."""
     before = heap.injected.value
     result = FAILED
     heap.length.value, heap.countdown.value = length, n
     try:
         result = act()
-    except MemoryError:
-        pass
+    except MemoryError as error:
+        heap.countdown.value = 0
+        counts.update(site for site in SITES if site in str(error))
     except OF_OTHERS as error:
         if not WORDS_OF_OTHERS.search(str(error)):
             raise
@@ -401,9 +406,9 @@ def sweep(heap, prepare, length, full, counts):
         act, watched = prepare()
         unchanged = bits(watched)
         fill_pool(full)
-        result, faults = attempt(heap, act, n, length)
-        counts["faults"] += faults
-        counts["failed" if result is FAILED else "found a way" if faults else "calls"] += 1
+        result, faults = attempt(heap, act, n, length, counts)
+        counts["allocations failed"] += faults
+        counts["calls failed" if result is FAILED else "found a way" if faults else "sweeps"] += 1
         if result is FAILED:
             assert faults, "a MemoryError without a fault"
             assert bits(watched) == unchanged, f"changed by a call that failed at allocation {n}"
@@ -426,43 +431,70 @@ def check(heap, name, prepare, counts):
         assert left[-1] <= 0 or name.startswith(CLOSURES), f"blocks left by each sweep: {left}"
 
 
-def prove(seed, words):
-    """Check the calls; print how many faults that took."""
-    heap, counts, wrong = Heap(), Counter(), 0
+def prove(seed, words, part, parts):
+    """Check every call of a part; return what it took."""
+    heap, counts = Heap(), Counter()
     gc.disable()
     sys.unraisablehook = complaints = Complaints()
-    for name, prepare in calls(np.random.default_rng(seed)):
-        if not all(word in name for word in words):
-            continue
+    named = [
+        call for call in calls(np.random.default_rng(seed)) if all(w in call[0] for w in words)
+    ]
+    for name, prepare in named[part::parts]:
         try:
             check(heap, name, prepare, counts)
             assert not complaints, complaints
         except Exception as error:
-            wrong += 1
+            counts["wrong"] += 1
             print(f"{name}: {error!r}", flush=True)
-    print(f"seed {seed}: {dict(counts)}")
-    return wrong
+    return counts
 
 
-def run_under_faults(arguments):
-    """Compile the allocator, and start this file again with it; return its exit status."""
+def start(library, arguments):
+    """Start this file under the allocator."""
+    return subprocess.Popen(
+        [sys.executable, __file__, *map(str, arguments)],
+        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONMALLOC": "malloc"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """Return what a part took. A word on stderr is wrong: of a destructor that could not complain
+    otherwise, as all allocations failed."""
+    output, errors = process.communicate()
+    *lines, counts = output.splitlines() or ["{}"]
+    print(*lines, errors, sep="\n", end="")
+    return Counter(json.loads(counts)) + Counter(wrong=bool(errors) or process.returncode != 0)
+
+
+def prove_in_parts(seed, words):
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "failing_malloc.so")
         compiler = os.environ.get("CC", "cc")
         subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, SOURCE], check=True)
-        environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONMALLOC": "malloc"}
-        command = [sys.executable, __file__, *arguments]
-        return subprocess.run(command, env=environment).returncode
+        parts = os.cpu_count()
+        arguments = [[f"--seed={seed}", "--part", part, parts, *words] for part in range(parts)]
+        processes = [start(library, one) for one in arguments]
+        counts = sum(map(finish, processes), Counter())
+    print(f"seed {seed}: {', '.join(f'{name} {counts[name]}' for name in sorted(counts))}")
+    missing = [] if words else [site for site in SITES if not counts[site]]
+    assert counts["sweeps"], "no call has such a name"
+    assert not missing, f"never seen to fail: {missing}"
+    return counts["wrong"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", help="of the names of the calls that are meant")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
+    parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if "failing_malloc" not in os.environ.get("LD_PRELOAD", ""):
-        sys.exit(run_under_faults([f"--seed={options.seed}", *options.words]))
-    sys.exit(prove(options.seed, options.words) > 0)
+    if options.part:
+        print(json.dumps(prove(options.seed, options.words, *options.part)))
+    else:
+        sys.exit(prove_in_parts(options.seed, options.words) > 0)
 
 
 if __name__ == "__main__":
