@@ -262,12 +262,6 @@ def eight_bits(rng, mean, deviation, shape):
     return np.clip(rng.normal(mean, deviation, shape), 0, 255).astype(np.uint8) / np.float32(255)
 
 
-def by_turns(rng, count, shape):
-    """A few values, one after the other: for each of many examples its own, else along memory."""
-    turns = (shape[0], *[1] * (len(shape) - 1)) if shape[0] > 16 else shape[-1]
-    return np.broadcast_to(np.resize(rng.standard_normal(count), turns), shape)
-
-
 FEW_VALUES = {
     "two values": lambda rng, shape: few_values(rng, 2, shape),
     "five values": lambda rng, shape: few_values(rng, 5, shape),
@@ -282,7 +276,6 @@ FEW_VALUES = {
         (eight_bits(rng, 120, 60, shape) - np.float32(0.456)) / np.float32(0.224)
     ),
     "half precision": lambda rng, shape: rng.standard_normal(shape).astype(np.float16),
-    "three by turns": lambda rng, shape: by_turns(rng, 3, shape),
 }
 
 FEW_VALUES_IN = [((rows, 12), 1) for rows in (100, 1000, 10_000, 100_000)] + [

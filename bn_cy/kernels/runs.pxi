@@ -27,8 +27,8 @@ cdef inline unsigned all_bits(const unsigned *bits) noexcept nogil:
 
 cdef inline void sum_steps(
     double *lanes1, double *lanes2, unsigned *bits,
-    const floating[:, ::1] x, const floating[:, ::1] dout, const floating[::1] other, Py_ssize_t i,
-    Py_ssize_t start, Py_ssize_t steps, real shift, real scale, Gate gate, Direction way,
+    const floating[:, ::1] x, const floating[:, ::1] dout, Py_ssize_t i, Py_ssize_t start,
+    Py_ssize_t steps, real shift, real scale, Gate gate, Direction way,
 ) noexcept nogil:
     """Eight rows from i on, in up to STEPS steps of LANES columns. Here, too, of two arrays four
     rows and then the others: images are often a multiple of 4 KB apart."""
@@ -41,14 +41,16 @@ cdef inline void sum_steps(
                 at = start + k * LANES + j
                 lanes1[j] += terms8(x, dout, i, at, shift, gate, way)
                 lanes2[j] += products8(x, dout, i, at, shift, scale, gate, way)
-                bits[j] |= repeated(x[i + COMPARED, at], other[at], shift)
+                bits[j] |= repeated(
+                    x[i + COMPARED, at], x[i + COMPARED + 1, at], shift)
     else:
         for k in range(steps):
             for j in range(LANES):
                 at = k * LANES + j
                 terms[at] = terms4(x, dout, i, start + at, shift, gate, way)
                 products[at] = products4(x, dout, i, start + at, shift, scale, gate, way)
-                bits[j] |= repeated(x[i + COMPARED, start + at], other[start + at], shift)
+                bits[j] |= repeated(
+                    x[i + COMPARED, start + at], x[i + COMPARED + 1, start + at], shift)
         for k in range(steps):
             for j in range(LANES):
                 at = k * LANES + j
@@ -66,23 +68,21 @@ cdef inline void sum_groups(
     cdef double lanes1[LANES]
     cdef double lanes2[LANES]
     cdef unsigned bits[LANES]
-    cdef const floating[::1] other
     cdef Py_ssize_t g, i, j, k, steps = x.shape[1] // LANES
     memcpy(lanes1, ZEROS, sizeof(lanes1))
     memcpy(lanes2, ZEROS, sizeof(lanes2))
     memcpy(bits, ZEROS, sizeof(bits))
     for g in range(groups):
         i = g * GROUP
-        other = row_of(&x[compared_row(g), 0], x.shape[1])
         for k in range(ceil_div(steps, STEPS)):
             sum_steps(
-                lanes1, lanes2, bits, x, dout, other, i, k * STEPS * LANES,
+                lanes1, lanes2, bits, x, dout, i, k * STEPS * LANES,
                 min(<Py_ssize_t>STEPS, steps - k * STEPS), shift, scale, gate, way)
         for j in range(steps * LANES, x.shape[1]):
             k = j - steps * LANES
             lanes1[k] += terms8(x, dout, i, j, shift, gate, way)
             lanes2[k] += products8(x, dout, i, j, shift, scale, gate, way)
-            bits[k] |= repeated(x[i + COMPARED, j], other[j], shift)
+            bits[k] |= repeated(x[i + COMPARED, j], x[i + COMPARED + 1, j], shift)
     sum1[0] += fold_lanes(lanes1)
     sum2[0] += doubted(fold_lanes(lanes2), all_bits(bits))
 
@@ -124,7 +124,6 @@ cdef void sum_row(
     cdef double lanes1[LANES]
     cdef double lanes2[LANES]
     cdef unsigned bits[LANES]
-    cdef const floating *start = x
     cdef const floating *stop = x + width
     cdef Py_ssize_t j, k, strips = width // STRIP
     if width < LANES:
@@ -139,8 +138,7 @@ cdef void sum_row(
         for k in range(strips):
             sum_steps(
                 lanes1, lanes2, bits, rows_of(x, GROUP, LANES, LANES),
-                rows_of(dout, GROUP, LANES, LANES),
-                row_of(start + compared_row(k) * LANES, LANES), 0, 0, 1, shift, scale, gate, way)
+                rows_of(dout, GROUP, LANES, LANES), 0, 0, 1, shift, scale, gate, way)
             x += STRIP
             dout += STRIP
         sum1[0] += fold_lanes(lanes1)

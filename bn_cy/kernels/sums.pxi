@@ -21,9 +21,9 @@
 #
 # The rounding errors of the groups average out, unless a feature has few distinct values: these
 # round in the same few ways all over, and what that leaves of the mean counts n times in dgamma
-# where dout has a mean. So values that repeat are noticed, as a row of each group is compared with
-# another one (`compared_row`). They make NaN of the second sum, which is then in doubt as one
-# that overflowed is, and is summed again in double.
+# where dout has a mean. So values that repeat are noticed, as two rows of each group are compared
+# (`repeated`). They make NaN of the second sum, which is then in doubt as one that overflowed is,
+# and is summed again in double.
 
 from libc.math cimport NAN
 from libc.string cimport memset
@@ -56,8 +56,9 @@ cdef enum:
     # The last bits of a float. Terms that do without them are added exactly, and may repeat: binary
     # data, counts, half precision, the zeros of a ReLU, whatever is large against its deviation.
     FINE_BITS = 0xFF
-    # Of a group. The first may be what the shift was sampled from, and have no bits.
-    COMPARED = HALF - 1
+    # The row of a group that is compared with the next one. They are in registers at that time; and
+    # the first one may be what the shift was sampled from, and have no bits.
+    COMPARED = HALF - 2
 
 
 cdef inline Gate gate_at(const real[:, ::1] centres, Py_ssize_t j, Direction way) noexcept nogil:
@@ -118,15 +119,6 @@ cdef inline real product(
         return <real>upstream(x, dout, gate, way) * ((<real>x - shift) * scale)
 
 
-cdef inline Py_ssize_t compared_row(Py_ssize_t group) noexcept nogil:
-    """Which row a row of a group, COMPARED, is compared with. As values may come by turns: one time
-    in two with others of its own group, and else with that of the first or of the second group,
-    which any period brings back."""
-    if group % 2:
-        return COMPARED if group == 1 else GROUP + COMPARED
-    return group * GROUP + (COMPARED + 1 + group % (GROUP - 1)) % GROUP
-
-
 cdef inline unsigned repeated(floating x, floating other, real shift) noexcept nogil:
     """The bits of x - shift, if it is the same of another value. In double it does not matter."""
     if real is float:
@@ -181,7 +173,7 @@ cdef inline real products8(
 
 cdef void sum_group(
     double[:, ::1] sums, unsigned *bits, const floating[:, ::1] x, const floating[:, ::1] dout,
-    const floating[::1] other, const real[:, ::1] centres, Direction way,
+    const real[:, ::1] centres, Direction way,
 ) noexcept nogil:
     """Eight rows. Of two arrays four rows and then the others: sixteen lines that are a multiple of
     4 KB apart push each other out of L1."""
@@ -196,14 +188,14 @@ cdef void sum_group(
             gate = gate_at(centres, j, way)
             sums[FIRST, j] += terms8(x, dout, 0, j, shift, gate, way)
             sums[SECOND, j] += products8(x, dout, 0, j, shift, scale, gate, way)
-            bits[j] |= repeated(x[COMPARED, j], other[j], shift)
+            bits[j] |= repeated(x[COMPARED, j], x[COMPARED + 1, j], shift)
     else:
         for j in range(x.shape[1]):
             shift, scale = centres[CENTRE, j], centres[CENTRE_SCALE, j]
             gate = gate_at(centres, j, way)
             terms[j] = terms4(x, dout, 0, j, shift, gate, way)
             products[j] = products4(x, dout, 0, j, shift, scale, gate, way)
-            bits[j] |= repeated(x[COMPARED, j], other[j], shift)
+            bits[j] |= repeated(x[COMPARED, j], x[COMPARED + 1, j], shift)
         for j in range(x.shape[1]):
             shift, scale = centres[CENTRE, j], centres[CENTRE_SCALE, j]
             gate = gate_at(centres, j, way)
@@ -224,8 +216,8 @@ cdef void sum_columns(
         memset(bits, 0, width * sizeof(unsigned))
         while i + GROUP <= rows:
             sum_group(
-                sums, bits, tile(x, i, 0, GROUP, width), tile(dout, i, 0, GROUP, width),
-                row_of(&x[compared_row(i // GROUP), 0], width), centres, way)
+                sums, bits, tile(x, i, 0, GROUP, width), tile(dout, i, 0, GROUP, width), centres,
+                way)
             i += GROUP
         if real is float:
             for j in range(width):
