@@ -8,7 +8,7 @@ import textwrap
 import numpy as np
 import pytest
 from bn_cy._buffers import POOL, Buffer, Pool, memory_limit, memory_of_machine, relieved
-from builds import without_sanitizer
+from builds import optimized
 
 from bn_cy import (
     BatchNorm,
@@ -262,7 +262,7 @@ def given_statistics(function):
     return call
 
 
-@without_sanitizer
+@optimized
 @pytest.mark.parametrize(
     "function",
     [batchnorm_forward, moments, given_statistics(normalize), given_statistics(frozen_forward)],
@@ -290,7 +290,7 @@ def test_memory_of_a_machine_that_does_not_tell(monkeypatch, fault):
     assert memory_of_machine() == 4 << 30
 
 
-@without_sanitizer
+@optimized
 @pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Linux")
 @pytest.mark.parametrize(
     ("call", "megabytes", "direction"),

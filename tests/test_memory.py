@@ -9,7 +9,7 @@ from pathlib import Path
 import exact
 import numpy as np
 import pytest
-from builds import without_sanitizer
+from builds import optimized
 from exact import error
 
 from bn_cy import (
@@ -167,7 +167,7 @@ def test_calls_leave_no_objects(rng, name):
 # Memory
 
 
-@without_sanitizer
+@optimized
 @on_linux
 def test_changing_shapes_do_not_grow(run):
     """100,000 steps: small ones, and now and then one whose results have recycled memory."""
@@ -200,7 +200,7 @@ def test_changing_shapes_do_not_grow(run):
     """)
 
 
-@without_sanitizer
+@optimized
 @on_linux
 def test_cleared_buffers_go_back_to_the_system(run):
     run("""

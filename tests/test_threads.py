@@ -11,7 +11,7 @@ import digests
 import exact
 import numpy as np
 import pytest
-from builds import without_sanitizer
+from builds import optimized
 
 from bn_cy import (
     BatchNorm,
@@ -391,7 +391,7 @@ threading.Thread(target=work).start()
 """
 
 
-@without_sanitizer
+@optimized
 def test_the_small_stacks_of_musl_are_enough(rng, python):
     """For a thread that calls, and for those that OpenMP adds to it."""
     code = STACK.format(seed=int(rng.integers(2**32)), stack=128)
