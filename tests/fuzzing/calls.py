@@ -47,6 +47,7 @@ class Call:
         rng = p.generator
         mean, var = rng.standard_normal(p.features), rng.uniform(0, 4, p.features)
         kind = p.source.pick(("batch", "batch", "other", "other", "zeros", "nan"))
+        p.alike |= kind != "batch"
         if kind == "batch" and p.size:
             half = np.asarray(self.rows[:, : 1 + p.count // 2], float)
             mean, var = half.mean(axis=1), half.var(axis=1)

@@ -17,6 +17,7 @@ class Drawn:
         p = problem
         self.mode = p.source.pick(modes)
         self.x = p.batch(f"x{number}")
+        p.alike |= self.mode in ("eval", "freeze")
         self.residual = p.residual(f"residual{number}")
         self.dout = p.dout(f"dout{number}")
         self.out = p.output(f"residual{number}", name=f"out{number}")

@@ -78,6 +78,7 @@ class Problem:
         self.count = int(np.prod([size for i, size in enumerate(self.shape) if i != axis]))
         self.eps = source.pick((1e-5, 1e-5, 0.0, 1e-3, 1e-12, 1.0))
         self.layout = self._layout()  # often that of all arrays of the call
+        self.alike = False  # whether terms of dgamma may round alike: see `values`
         self.held = {}
 
     @property
@@ -92,23 +93,27 @@ class Problem:
         self.held[name] = memory.Held(array, layout or memory.plain(array.ndim))
         return self.held[name].array
 
-    def fill(self, name, kinds):
+    def fill(self, name, kinds, repeated=True):
         """Hold an array of x's shape with contents of one of some kinds."""
         kind = self.source.pick(kinds)
         rows = kind(self.generator, self.source, (self.features, self.count), self.dtype.char)
         others = [size for i, size in enumerate(self.shape) if i != self.place]
         rows = rows.astype(self.dtype).reshape(self.features, *others)
         array = np.moveaxis(rows, 0, self.place)
-        layout = self._layout(repeated=True)
+        layout = self._layout(repeated=repeated)
         if not (layout.repeated or self.source.chance(40)):
             layout = self.layout
+        if name.startswith("x"):
+            self.alike = kind in values.ALIKE or bool(layout.repeated)
         return self.hold(name, array, layout)
 
     def batch(self, name="x"):
         return self.fill(name, values.BATCHES)
 
     def dout(self, name="dout"):
-        return self.fill(name, values.GRADIENTS)
+        centred = self.alike and not values.COMMON_ROUNDINGS_MEET_A_MEAN
+        kinds = values.CENTRED if centred else values.CENTRED + values.GRADIENTS
+        return self.fill(name, kinds, repeated=not centred)
 
     def residual(self, name="residual"):
         return self.fill(name, values.RESIDUALS) if self.source.chance(30) else None

@@ -199,7 +199,8 @@ class Truth:
         small = 4 + np.abs(self.xhat) + np.abs(self.x - self.mean[:, None]) * np.abs(mean_product)
         slack = self._small(slope > 0, c.least * (slope * small + 2 + parts))
         promised = self.in_range(gamma, self.xhat, dout, product, kept, value)
-        return Expected(value, slope * inner, c.dx, slope * parts, slack, promised, False)
+        contract = c.dx if sums is None else np.inf  # it is on dx of sums over this batch
+        return Expected(value, slope * inner, contract, slope * parts, slack, promised, False)
 
 
 def number_of(terms):
