@@ -48,6 +48,7 @@ LINKED_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITI
 LINKED_FLAGS += ["--coverage"] if COVERAGE else []
 SPECIAL_FLAGS = LINKED_FLAGS + (["-g1"] if LINKED_FLAGS else ["-g0"])
 SPECIAL_FLAGS += ["-O1"] if LINKED_FLAGS else []
+SPECIAL_FLAGS += ["-fno-wrapv"] if SANITIZE else []  # Python has its modules built with the other
 SPECIAL_FLAGS += ["-DBN_CY_BOUNDSCHECK"] if BOUNDSCHECK else []
 
 # Each if the compiler takes it. GCC gives up on loops over eight rows of doubles, which might
