@@ -25,13 +25,14 @@ KERNELS = "bn_cy.kernels."  # and the name of the variant
 SHARED = "bn_cy._cyutility"  # Cython's own code, such as memoryviews, once for all modules
 
 SERIAL = os.environ.get("BN_CY_OPENMP", "") == "0"
-SANITIZE = os.environ.get("BN_CY_SANITIZE", "").removeprefix("0")
-BOUNDSCHECK = os.environ.get("BN_CY_BOUNDSCHECK", "") not in ("", "0")
-COVERAGE = os.environ.get("BN_CY_COVERAGE", "") not in ("", "0")
+SANITIZE, BOUNDSCHECK, COVERAGE = (
+    "" if os.environ.get(name, "") == "0" else os.environ.get(name, "")
+    for name in ("BN_CY_SANITIZE", "BN_CY_BOUNDSCHECK", "BN_CY_COVERAGE")
+)
 
 DIRECTIVES = {
     "language_level": 3,
-    "boundscheck": BOUNDSCHECK,
+    "boundscheck": bool(BOUNDSCHECK),
     "wraparound": False,
     "initializedcheck": False,
     "cdivision": True,
@@ -198,7 +199,7 @@ class BuildExtensions(build_ext):
             compiler_directives=DIRECTIVES,
             shared_utility_qualified_name=SHARED,
             nthreads=os.cpu_count() or 1,
-            emit_linenums=COVERAGE,
+            emit_linenums=bool(COVERAGE),
         )
         for ext, result in zip(self.extensions, translated, strict=True):
             ext.sources = result.sources

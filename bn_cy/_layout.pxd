@@ -1,8 +1,12 @@
 from bn_cy.kernels cimport Shape
 
 
-cdef struct Memory:  # the arrays that one call has taken hold of, copies too
-    Py_buffer views[12]
+cdef enum:
+    HELD = 12  # arrays that a call takes hold of, at the most
+
+
+cdef struct Memory:  # those that one call has taken hold of, copies too
+    Py_buffer views[HELD]
     int held
 
 

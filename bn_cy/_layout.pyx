@@ -371,6 +371,7 @@ def copy_all(list sources, list targets):
     cdef Memory memory
     cdef Py_buffer *to
     cdef int i, count = len(targets)
+    assert len(sources) == count and 2 * count <= HELD
     memory.held = 0
     try:
         for array in targets:

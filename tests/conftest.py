@@ -45,6 +45,18 @@ def rng(request):
 
 
 @pytest.fixture
+def settings():
+    """Leave the number of threads, and from when on outputs go past the cache, as they were."""
+    from bn_cy import functional, set_num_threads  # once it is known to be the installed one
+
+    before = functional._stream_from(0)
+    functional._stream_from(before)
+    yield
+    functional._stream_from(before)
+    set_num_threads(None)
+
+
+@pytest.fixture
 def python(tmp_path):
     """Return a function that runs Python code, or a file, in a process of its own."""
 

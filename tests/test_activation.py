@@ -19,19 +19,10 @@ ODD += [((2000, 300), 1), ((2048, 500), 1), ((2048, 100, 3), 1)]  # merged for s
 PATHS = [*CASES, *ODD, ((8, 64, 28, 28), 1)]
 FOLLOWED = [(True, False), (False, True), (True, True)]  # relu, residual
 
+pytestmark = pytest.mark.usefixtures("settings")
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 over_paths = pytest.mark.parametrize(("shape", "axis"), PATHS)
 over_followed = pytest.mark.parametrize(("relu", "added"), FOLLOWED)
-
-
-@pytest.fixture(autouse=True)
-def settings():
-    """Leave the number of threads and the way past the cache as they were."""
-    before = functional._stream_from(0)
-    functional._stream_from(before)
-    yield
-    functional._stream_from(before)
-    bn_cy.set_num_threads(None)
 
 
 class Batch:

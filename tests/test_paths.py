@@ -41,18 +41,9 @@ PATHS = [  # shape, axis, threads
 ]
 RUNS = 8320  # eight rows of 65 lines: a run of so many and a few values has these for a tail
 
+pytestmark = pytest.mark.usefixtures("settings")
 over_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 over_paths = pytest.mark.parametrize(("shape", "axis", "threads"), PATHS)
-
-
-@pytest.fixture(autouse=True)
-def settings():
-    """Leave the number of threads and the way past the cache as they were."""
-    before = functional._stream_from(0)
-    functional._stream_from(before)
-    yield
-    functional._stream_from(before)
-    set_num_threads(None)
 
 
 def check_step(rng, x, dout, axis, threads, eps=0):

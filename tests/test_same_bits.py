@@ -87,11 +87,9 @@ def test_any_alignment_and_given_or_fresh_outputs(rng, shape, axis, dtype):
 
 
 @pytest.fixture
-def stream_from():
+def stream_from(settings):
     """Set from how many bytes outputs are written past the cache; undone after the test."""
-    before = functional._stream_from(0)
-    yield functional._stream_from
-    functional._stream_from(before)
+    return functional._stream_from
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

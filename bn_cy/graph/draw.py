@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from bn_cy.graph.trace import Edge, Trace
+    from bn_cy.graph.records import Edge
+    from bn_cy.graph.trace import Trace
 
 __all__ = ["PLACES", "draw"]
 

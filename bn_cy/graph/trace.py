@@ -3,151 +3,31 @@
 The numbers and the names are those of `bn_cy.reference.staged_forward` and `staged_backward`.
 """
 
-import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bn_cy import reference
+from bn_cy.graph.arguments import (
+    check_variance,
+    checked,
+    checked_axis,
+    checked_batch,
+    checked_eps,
+)
+from bn_cy.graph.records import Edge, Meeting, Node, Nodes, Paths
 from bn_cy.graph.steps import INPUTS, STEPS, Wire, numeric_gradient
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Edge", "Meeting", "Node", "Nodes", "Paths", "Trace", "trace"]
+__all__ = ["Trace", "trace"]
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Node:
-    """A node of the graph: an input, or a step and its result.
-
-    Attributes
-    ----------
-    name : str
-        The name in the cache of `bn_cy.reference.staged_forward`.
-    step : int
-        1 to 9, and 0 for the inputs x, gamma and beta.
-    formula : str
-        How the value is computed, as in "mu = sum(x)/n"; the name alone for an input.
-    local_gradient : dict
-        For every input of the step its derivative, as in {"xmu": "ivar", "ivar": "xmu"}.
-    value : ndarray
-        The result, of x's shape or of shape (features,).
-    gradient : ndarray
-        The gradient of the loss with respect to the value, of its shape. This is what arrives.
-    arriving : dict
-        The parts that arrive, by their names; where there are two, `gradient` is their sum.
-    leaving : dict
-        The gradients that the node passes on to its inputs, by their names.
-    """
-
-    name: str
-    step: int
-    formula: str
-    local_gradient: dict[str, str]
-    value: Array
-    gradient: Array
-    arriving: dict[str, Array]
-    leaving: dict[str, Array]
-
-
-@dataclass(frozen=True, eq=False)
-class Edge:
-    """What passes from one node to another.
-
-    Attributes
-    ----------
-    source, target : str
-        The nodes that it leaves and reaches.
-    direction : str
-        "forward" for a value, "backward" for a gradient.
-    name : str
-        Of what passes: the source's name, or a gradient's as in "dxmu1".
-    value : ndarray
-        What passes. A gradient has the shape of the target's value.
-    """
-
-    source: str
-    target: str
-    direction: str
-    name: str
-    value: Array
-
-
-@dataclass(frozen=True, eq=False)
-class Meeting:
-    """A place where two gradients meet and add, since the forward pass used a value twice.
-
-    Attributes
-    ----------
-    node : str
-        The node whose value was used twice.
-    name : str
-        Of the sum, as in "dxmu".
-    parts : dict
-        The two gradients that arrive, by their names.
-    total : ndarray
-        Their sum.
-    """
-
-    node: str
-    name: str
-    parts: dict[str, Array]
-    total: Array
-
-
-class Paths(NamedTuple):
-    """The gradient of one entry of x as its three parts; their sum is the entry of dx.
-
-    Attributes
-    ----------
-    direct : float
-        Through the entry's own xhat: dxmu1.
-    mean : float
-        Through the mean: dx2.
-    variance : float
-        Through the variance: dxmu2.
-    """
-
-    direct: float
-    mean: float
-    variance: float
-
-
-class Nodes(Sequence[Node]):
-    """The nodes in the order of the forward pass; an index finds one, and so does a name."""
-
-    def __init__(self, nodes: Sequence[Node]) -> None:
-        """Hold the nodes in this order."""
-        self._nodes = tuple(nodes)
-
-    def __len__(self) -> int:
-        """Count the nodes."""
-        return len(self._nodes)
-
-    @overload
-    def __getitem__(self, key: str | int) -> Node: ...
-    @overload
-    def __getitem__(self, key: slice) -> tuple[Node, ...]: ...
-    def __getitem__(self, key: str | int | slice) -> Node | tuple[Node, ...]:
-        """Find a node by its name or its place."""
-        if not isinstance(key, str):
-            return self._nodes[key]
-        names = [node.name for node in self._nodes]
-        if key not in names:
-            raise KeyError(f"no node {key!r}: the nodes are {', '.join(names)}")
-        return self._nodes[names.index(key)]
-
-    def __repr__(self) -> str:
-        """Show the names."""
-        return f"Nodes({', '.join(node.name for node in self._nodes)})"
 
 
 class Trace:
@@ -255,7 +135,7 @@ class Trace:
         >>> [round(part, 3) for part in t.paths(1, 0)], t.dx[1, 0].round(3).item()
         ([6.0, -1.5, -0.167], 4.333)
         """
-        place = [*(i if isinstance(i, Sequence) else [i])]
+        place = [*np.atleast_1d(i)]
         if len(place) != self.dx.ndim - 1:
             raise ValueError(
                 f"i must have {self.dx.ndim - 1} indices, one for each axis of x but the feature "
@@ -408,14 +288,14 @@ def trace(
      1  dx2 = dmu/n                   (4, 1)        -1.5
      +  dx = dx1 + dx2                (4, 1)          -2
     """
-    x = _checked_batch(x)
-    axis = _checked_axis(axis, x)
-    eps = _checked_eps(eps)
+    x = checked_batch(x)
+    axis = checked_axis(axis, x)
+    eps = checked_eps(eps)
     features = (x.shape[axis],)
-    gamma = _checked("gamma", gamma, x.dtype, features, "one value per feature")
-    beta = _checked("beta", beta, x.dtype, features, "one value per feature")
-    dout = _checked("dout", dout, x.dtype, x.shape, "that of x")
-    _check_variance(x, eps, axis)
+    gamma = checked("gamma", gamma, x.dtype, features, "one value per feature")
+    beta = checked("beta", beta, x.dtype, features, "one value per feature")
+    dout = checked("dout", dout, x.dtype, x.shape, "that of x")
+    check_variance(x, eps, axis)
     return Trace(x, gamma, beta, dout, eps, axis)
 
 
@@ -462,81 +342,3 @@ def _edges(nodes: Nodes) -> tuple[Edge, ...]:
         for wire in step.wires
     ]  # fmt: skip
     return (*forward, *backward)
-
-
-def _checked(name: str, value: ArrayLike, dtype: Any, shape: tuple[int, ...], what: str) -> Array:
-    """Return an argument as a finite array of this dtype and shape, or say why it is none."""
-    array = _real(name, value).astype(dtype)
-    if array.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, {what}, got {array.shape}")
-    _check_finite(name, array)
-    return array
-
-
-def _checked_batch(x: ArrayLike) -> Array:
-    array = _real("x", x)
-    dtype = array.dtype.newbyteorder("=")
-    if dtype not in (np.float32, np.float64):
-        raise TypeError(f"x must be of float32 or float64, got {array.dtype}")
-    if array.ndim < 2:
-        raise ValueError(f"x must have two dimensions or more, got shape {array.shape}")
-    if array.size == 0:
-        raise ValueError(f"x must have at least one value, got shape {array.shape}")
-    _check_finite("x", array)
-    return array.astype(dtype)  # a copy: the trace keeps its numbers
-
-
-def _real(name: str, value: ArrayLike) -> Array:
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} must have no mask, got MaskedArray")
-    array = np.asarray(value)
-    if array.dtype.kind not in "iuf":
-        raise TypeError(f"{name} must be an array of real numbers, got {array.dtype}")
-    return array
-
-
-def _check_finite(name: str, array: Array) -> None:
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite, got {array[~np.isfinite(array)][0]}")
-
-
-def _checked_axis(axis: int, x: Array) -> int:
-    try:
-        return range(x.ndim)[operator.index(axis)]
-    except TypeError:
-        raise TypeError(f"axis must be an integer, got {axis!r}") from None
-    except IndexError:
-        raise ValueError(
-            f"axis must be from {-x.ndim} to {x.ndim - 1} for x of shape {x.shape}, got {axis}"
-        ) from None
-
-
-def _checked_eps(eps: float) -> float:
-    if isinstance(eps, str):
-        raise TypeError(f"eps must be a number, got {eps!r}")
-    try:
-        number = float(eps)
-    except OverflowError:
-        number = math.inf
-    except (TypeError, ValueError):
-        raise TypeError(f"eps must be a number, got {eps!r}") from None
-    if not 0 <= number < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {eps}")
-    return number
-
-
-def _check_variance(x: Array, eps: float, axis: int) -> None:
-    """Refuse a feature whose squares overflow, or in which the graph divides 0 by 0."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        var = reference.moments(x, axis=axis)[2]
-    large = np.flatnonzero(~np.isfinite(var))
-    if large.size:
-        raise ValueError(
-            f"x must have variances that {x.dtype} holds, got {var[large[0]]} of feature {large[0]}"
-        )
-    constant = np.flatnonzero(var + x.dtype.type(eps) == 0)
-    if constant.size:
-        raise ValueError(
-            f"eps must not be 0 in {x.dtype} where a feature is constant, as feature "
-            f"{constant[0]} of x is: 1/sqrt(var + eps) has no value"
-        )

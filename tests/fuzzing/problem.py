@@ -111,9 +111,8 @@ class Problem:
         return self.fill(name, values.BATCHES)
 
     def dout(self, name="dout"):
-        centred = self.alike and not values.COMMON_ROUNDINGS_MEET_A_MEAN
-        kinds = values.CENTRED if centred else values.CENTRED + values.GRADIENTS
-        return self.fill(name, kinds, repeated=not centred)
+        kinds = values.CENTRED if self.alike else values.CENTRED + values.GRADIENTS
+        return self.fill(name, kinds, repeated=not self.alike)
 
     def residual(self, name="residual"):
         return self.fill(name, values.RESIDUALS) if self.source.chance(30) else None

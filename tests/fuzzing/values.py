@@ -6,12 +6,6 @@ LARGEST = {"f": 5e37, "d": 1e150}  # deviations beyond: squares or differences a
 OFFSETS = {"f": (0, 1, -3, 1e3, 1e6), "d": (0, 1, -3, 1e4, 1e8, 1e13)}
 UNITS = {"f": (1, 1, 1, 1e-3, 1e-10, 1e-22, 1e10, 1e30), "d": (1, 1, 1, 1e-10, 1e-100, 1e100)}
 
-# Roundings that terms have in common, beside a dout with a mean: dgamma is then a small difference
-# of sums, its errors add up, and its contract does not hold. They have them where many values
-# of x differ little against its deviation, or given statistics are not those of x. False: no such
-# dout is drawn there.
-COMMON_ROUNDINGS_MEET_A_MEAN = False
-
 
 def normal(rng, source, shape, kind):
     """Numbers of a normal distribution, off 0 and of any unit."""
@@ -123,6 +117,9 @@ def sized(rng, source, shape, kind):
     return source.pick(UNITS[kind]) * np.clip(rng.standard_normal(shape), -5, 5)
 
 
+# Where many values of x differ little against its deviation, roundings of terms have something in
+# common. Beside a dout with a mean dgamma is then a small difference of sums, its errors add up,
+# and not all of that is promised: `docs/accuracy.md`. test_accuracy.py has what is.
 ALIKE = (few, counts, ordered, skewed, outlier, constant, subnormal, neighbours, zeros)
 BATCHES = (
     *(unit, normal, normal, normal, uneven, uneven, few, counts, ordered, skewed, outlier),
