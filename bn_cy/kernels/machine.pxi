@@ -108,12 +108,15 @@ cdef extern from *:
         return value;
     }
 
+    static inline uint32_t bn_float_bits(float value) {
+        uint32_t bits;
+        memcpy(&bits, &value, sizeof bits);
+        return bits;
+    }
+
     /* The bits of a value that equals another, else none. */
     static inline uint32_t bn_repeated(float a, float b) {
-        uint32_t bits, others;
-        memcpy(&bits, &a, sizeof bits);
-        memcpy(&others, &b, sizeof others);
-        return bits & -(uint32_t)(bits == others);
+        return bn_float_bits(a) & -(uint32_t)(bn_float_bits(a) == bn_float_bits(b));
     }
 
     /* Which of eight values are positive, a bit each from the lowest on. */
@@ -219,6 +222,7 @@ cdef extern from *:
     void *aligned "bn_aligned"(void *scratch) noexcept nogil
     float where_float "bn_where_float"(float value, float a, float b) noexcept nogil
     double where_double "bn_where_double"(double value, double a, double b) noexcept nogil
+    unsigned float_bits "bn_float_bits"(float value) noexcept nogil
     unsigned repeated_bits "bn_repeated"(float a, float b) noexcept nogil
     unsigned positive_floats "bn_positive_floats"(const float *y) noexcept nogil
     unsigned positive_doubles "bn_positive_doubles"(const double *y) noexcept nogil

@@ -84,7 +84,7 @@ cdef inline void sum_groups(
             lanes2[k] += products8(x, dout, i, j, shift, scale, gate, way)
             bits[k] |= repeated(x[i + COMPARED, j], x[i + COMPARED + 1, j], shift)
     sum1[0] += fold_lanes(lanes1)
-    sum2[0] += doubted(fold_lanes(lanes2), all_bits(bits))
+    sum2[0] += doubted(fold_lanes(lanes2), all_bits(bits), shift)
 
 
 cdef inline void sum_rest(
@@ -142,7 +142,7 @@ cdef void sum_row(
             x += STRIP
             dout += STRIP
         sum1[0] += fold_lanes(lanes1)
-        sum2[0] += doubted(fold_lanes(lanes2), all_bits(bits))
+        sum2[0] += doubted(fold_lanes(lanes2), all_bits(bits), shift)
     if x < stop:
         sum_rest(sum1, sum2, x, dout, stop, shift, scale, gate, way)
 

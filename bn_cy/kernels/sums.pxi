@@ -127,9 +127,14 @@ cdef inline unsigned repeated(floating x, floating other, real shift) noexcept n
         return 0
 
 
-cdef inline double doubted(double total, unsigned bits) noexcept nogil:
-    """A sum; NaN if terms of these bits, which repeat, may have been rounded in it."""
-    return NAN if bits & FINE_BITS else total
+cdef inline double doubted(double total, unsigned bits, real shift) noexcept nogil:
+    """A sum; NaN if terms of these bits, which repeat, may have been rounded in it. Their own last
+    bits do not tell it where the shift is not in few digits, as all of its samples were the same
+    value: the difference to another value may have been rounded."""
+    if real is float:
+        return NAN if bits & (~0 if float_bits(shift) & FINE_BITS else FINE_BITS) else total
+    else:
+        return total
 
 
 cdef inline real terms4(
@@ -221,7 +226,7 @@ cdef void sum_columns(
             i += GROUP
         if real is float:
             for j in range(width):
-                sums[SECOND, j] = doubted(sums[SECOND, j], bits[j])
+                sums[SECOND, j] = doubted(sums[SECOND, j], bits[j], centres[CENTRE, j])
     if i + HALF <= rows:
         for j in range(width):
             shift, scale = centres[CENTRE, j], centres[CENTRE_SCALE, j]
