@@ -29,9 +29,11 @@ cdef class Batch:
     cdef object empty(self)
     cdef bint is_like(self, const Py_buffer *view) noexcept
     cdef int check_shape(self, str name, array, const Py_buffer *view) except -1
-    cdef Py_buffer *like_x(self, Memory *memory, str name, values) except NULL
+    cdef Py_buffer *like_x(
+        self, Memory *memory, str name, values, bint to_round=*) except NULL
     cdef object target(self, Memory *memory, out, Py_buffer **given, Py_buffer **held)
     cdef Py_buffer *per_feature(self, Memory *memory, str name, values, dtype) except NULL
+    cdef bint is_kept(self, values)
     cdef const void *parameter(self, Memory *memory, str name, values) except? NULL
     cdef double *running(self, Memory *memory, str name, array) except NULL
     cdef int row(self, double *to, str name, values) except -1

@@ -93,12 +93,13 @@ cdef bint fills_memory(const Py_buffer *view, int *order) noexcept:
     return True
 
 
-cdef native(name, array):
-    """A C-ordered copy in the processor's byte order; TypeError if the dtype is no float32 or
-    float64."""
-    if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
+cdef native(name, array, dtype=None):
+    """A C-ordered copy in the processor's byte order, rounded to a dtype if one is given; TypeError
+    if that of the array is no float32 or float64, or to be rounded no floating-point dtype."""
+    if array.dtype.kind != "f" or dtype is None and array.dtype.itemsize not in (4, 8):
         raise TypeError(f"{name} must be of float32 or float64, got {array.dtype}")
-    dtype = FLOAT32 if array.dtype.itemsize == 4 else FLOAT64
+    if dtype is None:
+        dtype = FLOAT32 if array.dtype.itemsize == 4 else FLOAT64
     return relieved(np.array, array, dtype, order="C")
 
 
@@ -107,17 +108,38 @@ cdef as_array(str name, values):
 
 
 def as_plain(name, values):
-    """Return values as an array; TypeError where that would lose a mask, or be no array at all."""
+    """Return values as an array, of the same memory if they are a tensor or array of another
+    library; TypeError where that would lose a mask, or be no array at all."""
     kind = type(values).__name__
     if isinstance(values, ndarray) and hasattr(values, "mask"):
         raise TypeError(
-            f"{name} must have no mask, got {kind}: leave out what is masked, or fill it with "
+            f"{name} must have no mask, got {kind}: pass {name}.data, and for what counts of it "
+            "mask= (True counts), or fill it with "
             f"{name}.filled(value)"
         )
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+        if array.ndim == 0 and array.dtype.kind == "O" and hasattr(values, "__dlpack__"):
+            array = np.from_dlpack(values)
+    except (TypeError, RuntimeError, BufferError) as error:  # on a GPU, sparse, in need of a detach
+        raise TypeError(f"{name} must be an array in the processor's memory, got {kind}: {error}")
     if array.ndim == 0 and array.dtype.kind == "O":
         way = f": try {name}.toarray()" if hasattr(values, "toarray") else ""
         raise TypeError(f"{name} must be an array, got {kind}{way}")
+    return array
+
+
+def as_output(out):
+    """Return an array of the memory of `out`, which is one itself or a tensor of another
+    library; TypeError if it is neither."""
+    if isinstance(out, ndarray):
+        return out
+    kind = type(out).__name__
+    if not hasattr(out, "__array__") and not hasattr(out, "__dlpack__"):
+        raise TypeError(f"out must be an array, got {kind}")
+    array = as_plain("out", out)
+    if array.size and not np.shares_memory(array, as_plain("out", out)):
+        raise TypeError(f"out must be an array whose memory can be written, got {kind}")
     return array
 
 
@@ -282,13 +304,16 @@ cdef class Batch:
             )
         return 0
 
-    cdef Py_buffer *like_x(self, Memory *memory, str name, values) except NULL:
-        """Hold an array of x's shape and dtype, or a copy in x's memory order."""
+    cdef Py_buffer *like_x(
+        self, Memory *memory, str name, values, bint to_round=False,
+    ) except NULL:
+        """Hold an array of x's shape and dtype, or a copy in x's memory order; also one of other
+        floating-point numbers, if they are to be rounded."""
         cdef Py_buffer *view
         array = as_array(name, values)
         view = hold(memory, name, array)
-        if kind_of(view) == 0:
-            array = native(name, array)
+        if kind_of(view) == 0 or to_round and kind_of(view) != kind_of(&self.view):
+            array = native(name, array, self.dtype() if to_round else None)
             view = hold(memory, name, array)
         self.check_shape(name, array, view)
         if not self.is_like(view):
@@ -301,8 +326,6 @@ cdef class Batch:
         """What the kernels write: `out`, or an array to be copied into it; a new one for None. The
         memory of both is held."""
         if out is not None:
-            if not isinstance(out, ndarray):
-                raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
             if not out.flags.writeable:
                 raise ValueError("out must be writable, got a read-only array")
             given[0] = held[0] = hold(memory, "out", out)
@@ -322,13 +345,25 @@ cdef class Batch:
         view = hold(memory, name, values)
         if view.ndim != 1 or kind_of(view) != kind or not is_contiguous(view):
             values = np.array(as_real(name, values), dtype, order="C")
+            if self.is_kept(values):
+                values = values.reshape(-1)
             view = hold(memory, name, values)
         if view.ndim != 1 or view.shape[0] != self.shape.features:
             raise ValueError(
-                f"{name} must have shape ({self.shape.features},), one value per feature, "
-                f"got {values.shape}"
+                f"{name} must have shape ({self.shape.features},), one value per feature, or one "
+                f"that broadcasts along axis {self.axis} of x alone, got {values.shape}"
             )
         return view
+
+    cdef bint is_kept(self, values):
+        """Tell whether an array has the dimensions of x, from the last one on, and is of length 1
+        in all but that of the features, as sums with keepdims are."""
+        cdef Py_ssize_t missing = self.view.ndim - values.ndim
+        if values.ndim < 2 or not 0 <= missing <= self.axis:
+            return False
+        shape = [1] * values.ndim
+        shape[self.axis - missing] = self.shape.features
+        return values.shape == tuple(shape)
 
     cdef const void *parameter(self, Memory *memory, str name, values) except? NULL:
         """The memory of one value per feature, of x's dtype; NULL for None."""
@@ -390,12 +425,13 @@ cdef Batch batch_of(x, axis):
     """The batch with its features along `axis`."""
     cdef Batch batch = Batch.__new__(Batch)
     batch.array = as_array("x", x)
-    batch.axis = checked_axis(batch.array, axis)
+    batch.axis = axis_of(batch.array, axis)
     batch.see()
     return batch
 
 
-cdef int checked_axis(array, axis) except -1:
+cpdef int axis_of(array, axis) except -1:
+    """Return the feature axis, counted from the first."""
     cdef Py_ssize_t dimensions = array.ndim
     if dimensions < 2:
         raise ValueError(f"x must have two dimensions or more, got shape {array.shape}")

@@ -15,7 +15,8 @@ and dresidual takes the place of dout in the other formulas.
 
 `bn_cy.reference` derives them. Everywhere, ``x`` is an array of float32 or float64 in two
 dimensions or more with the features along ``axis``. A C-contiguous array, or one that is after a
-permutation of its axes, is used as it is; any other is copied once.
+permutation of its axes, is used as it is; any other is copied once. An array or a tensor of another
+library in the processor's memory is taken as it is, as x, as dout and as ``out``.
 """
 
 
@@ -33,6 +34,8 @@ from libc.stdint cimport INT64_MAX, int64_t
 from libc.string cimport memcpy, memset
 
 from bn_cy._buffers import POOL, clear_buffers
+from bn_cy._layout import as_output, as_plain
+from bn_cy._masks import Kept
 
 from bn_cy._buffers cimport Block, new_block
 from bn_cy.kernels cimport (
@@ -120,6 +123,8 @@ cdef class Cache:
     cdef double values  # of a feature
     cdef readonly bint scaled, shifted  # whether there was a gamma, and a beta
     cdef bint relu, added
+    cdef tuple gamma_shape, beta_shape  # None: one dimension
+    cdef public object _kept  # which rows counted, of a batch with a mask
     cdef Block signs
     cdef unsigned long long fingerprint  # of x when the forward had read it
 
@@ -180,7 +185,8 @@ cdef class Cache:
 
 
 def batchnorm_forward(
-    x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None, bint relu=False, residual=None
+    x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None, bint relu=False, residual=None,
+    mask=None, lengths=None
 ):
     """Normalize every feature by its mean and variance in the batch.
 
@@ -189,7 +195,9 @@ def batchnorm_forward(
     x : array of float32 or float64, two dimensions or more
         The batch. The cache refers to it: it must not change before the backward.
     gamma, beta : array of shape (features,) and any real dtype, optional
-        Scale and shift, rounded to x's dtype; None: absent.
+        Scale and shift, rounded to x's dtype; None: absent. A shape that broadcasts along the
+        feature axis alone is one, too, such as (1, features) or (1, features, 1, 1); the
+        gradient has it then.
     eps : float, optional
         Added to the variance.
     axis : int, optional
@@ -201,6 +209,12 @@ def batchnorm_forward(
         Whether a ReLU follows: the maximum with 0. NaN stays NaN.
     residual : array of x's shape and dtype, optional
         Added to the result, before the ReLU if there is one.
+    mask : array of bool, of x's shape without the feature axis or broadcast to it, optional
+        What counts (True). The rest is as if it were not there, whatever it holds: it is in no
+        statistic and no gradient, and `y` and `dx` are 0 there.
+    lengths : array of int and shape (examples,), optional
+        In place of a mask, for padded sequences, whose steps lie along the second axis that is
+        not the features': how many of them count.
 
     Returns
     -------
@@ -214,10 +228,11 @@ def batchnorm_forward(
     ------
     TypeError
         If `x` is not of float32 or float64, a parameter is not of real numbers, `axis` is no
-        integer, or `eps` no number.
+        integer, `eps` no number, or `mask` not of booleans.
     ValueError
-        If a shape, `axis`, `eps`, `residual` or `out` does not fit, or if there is one value per
-        feature, which has no variance. An empty batch is allowed: its `y` is empty.
+        If a shape, `axis`, `eps`, `residual`, `mask`, `lengths` or `out` does not fit, or if there
+        is one value per feature, which has no variance. An empty batch is allowed: its `y` is
+        empty.
 
     Notes
     -----
@@ -236,7 +251,17 @@ def batchnorm_forward(
     array([[0., 0.],
            [1., 1.]])
     """
-    cdef Cache cache = measured_cache(x, axis)
+    cdef Cache cache
+    if mask is not None or lengths is not None:
+        kept = Kept(as_plain("x", x), axis, mask, lengths)
+        target = kept.target(out)
+        y, cache = batchnorm_forward(
+            kept.gather("x", x), gamma, beta, eps, axis=axis, relu=relu,
+            residual=None if residual is None else kept.gather("residual", residual))
+        cache._kept = kept
+        y = kept.scatter(y, target)
+        return y if out is None else out, cache
+    cache = measured_cache(x, axis)
     return run_forward(cache, x, gamma, beta, eps, out, relu, residual, True, NULL, True), cache
 
 
@@ -264,8 +289,10 @@ def _training_forward(
         running.weight = 1 / (<double>count[0] + 1) if momentum is None else momentum
         running.nonfinite = nonfinite
         running.correction = cache.values / (cache.values - 1) if unbiased else 1
-        if isinstance(out, np.ndarray):
-            refuse_overlaps(out, hold(&memory, "out", out), &memory, 2, "the running statistics")
+        if out is not None:
+            array = as_output(out)
+            refuse_overlaps(
+                array, hold(&memory, "out", array), &memory, 2, "the running statistics")
         result[0] = run_tracked(cache, x, gamma, beta, eps, out, relu, residual, &running, before)
         result[2] = running.updated
     finally:
@@ -326,8 +353,8 @@ def batchnorm_backward(dout, Cache cache not None, *, out=None):
 
     Parameters
     ----------
-    dout : array of x's shape and dtype
-        The gradient with respect to `y`.
+    dout : array of x's shape and any floating-point dtype
+        The gradient with respect to `y`, rounded to x's dtype.
     cache : Cache
         What the forward returned.
     out : array of x's shape and dtype, optional
@@ -338,7 +365,7 @@ def batchnorm_backward(dout, Cache cache not None, *, out=None):
     -------
     dx : array of x's shape and dtype
         ``gamma*invstd*(dout - dbeta/n - xhat*dgamma/n)``; `out`, if given.
-    dgamma, dbeta : array of shape (features,) and x's dtype, or None
+    dgamma, dbeta : array of the parameters' shape and x's dtype, or None
         ``sum(dout*xhat)`` and ``sum(dout)``; None if the forward had no `gamma` or no `beta`.
     dresidual : array of x's shape and dtype
         Only if the forward had a residual: dout where ``y > 0``, else 0; without a ReLU a copy of
@@ -347,7 +374,8 @@ def batchnorm_backward(dout, Cache cache not None, *, out=None):
     Raises
     ------
     TypeError, ValueError
-        If `dout` or `out` is not an array of x's shape and dtype, or `cache` is not a cache.
+        If `dout` or `out` is not an array of x's shape, `out` not of its dtype, or `cache` is not
+        a cache.
     RuntimeError
         If `x` was changed after the forward. It is noticed by 64 of its values, wherever they lie:
         a change of all values does not pass, one of few, or of an `x` that is nearly all 0, may.
@@ -366,24 +394,18 @@ def batchnorm_backward(dout, Cache cache not None, *, out=None):
     >>> dgamma is None, dbeta
     (True, array([3.]))
     """
-    cdef Py_ssize_t features = cache.batch.shape.features
-    cdef Block sums = rows_of(cache.batch, 2)
-    if cache.batch.fingerprint() != cache.fingerprint:
-        raise RuntimeError(
-            "x was changed after the forward, and the backward needs it: give the forward a copy, "
-            "x.copy(), or change x after the backward"
-        )
-    dtype = cache.batch.dtype()
-    make = new_array if cache.batch.size else np.zeros
-    dgamma = make(features, dtype) if cache.scaled else None
-    dbeta = make(features, dtype) if cache.shifted else None
-    dresidual = cache.batch.empty() if cache.added else None
-    dx = run_backward(
-        cache, dout, dgamma, dbeta, dresidual, <double *>sums.start, True, out)
-    return (dx, dgamma, dbeta, dresidual) if cache.added else (dx, dgamma, dbeta)
+    kept = cache._kept
+    if kept is None:
+        return gradients(cache, dout, out)
+    target = kept.target(out)
+    dx, dgamma, dbeta, *dresidual = gradients(cache, kept.gather("dout", dout), None)
+    dx = kept.scatter(dx, target)
+    return (
+        dx if out is None else out, dgamma, dbeta,
+        *[kept.scatter(d, kept.target(None)) for d in dresidual])
 
 
-def moments(x, *, axis=1):
+def moments(x, *, axis=1, mask=None, lengths=None):
     """Count, mean and biased variance of every feature.
 
     Parameters
@@ -392,6 +414,8 @@ def moments(x, *, axis=1):
         The batch.
     axis : int, optional
         The feature axis of `x`.
+    mask, lengths : array, optional
+        What counts, as in `batchnorm_forward`.
 
     Returns
     -------
@@ -417,6 +441,8 @@ def moments(x, *, axis=1):
     >>> bn_cy.moments(np.array([[1.0, 5.0], [3.0, 5.0]]))
     Moments(count=2, mean=array([2., 5.]), var=array([1., 0.]))
     """
+    if mask is not None or lengths is not None:
+        x = Kept(as_plain("x", x), axis, mask, lengths).gather("x", x)
     cdef Cache cache = Cache(batch_of(x, axis))
     launch_forward(cache, NULL, NULL, NULL, NULL, 1, True, NULL)  # moments do not depend on eps
     return Moments(cache.batch.count, cache.row_array(MEAN), cache.row_array(VAR))
@@ -469,7 +495,8 @@ def gradient_sums(
     Parameters
     ----------
     dout, x : array of float32 or float64, two dimensions or more
-        The gradient with respect to `y`, and the batch; of one shape and dtype.
+        The gradient with respect to `y`, and the batch; of one shape. dout is rounded to x's
+        dtype.
     mean, var : array of shape (features,) and any real dtype
         The statistics that normalized `x`; used in float64.
     eps, axis
@@ -506,7 +533,7 @@ def gradient_sums(
     try:
         launch_backward(
             cache, NULL, NULL, NULL, NULL, <double *>hold(&memory, "sums", sums).buf,
-            cache.batch.like_x(&memory, "dout", dout).buf, True)
+            cache.batch.like_x(&memory, "dout", dout, True).buf, True)
     finally:
         release(&memory)
     return sums[0], sums[1]
@@ -576,6 +603,29 @@ def input_gradient(
 # Running the kernels
 
 
+cdef tuple gradients(Cache cache, dout, out):
+    """What a backward returns, of a batch without a mask."""
+    cdef Py_ssize_t features = cache.batch.shape.features
+    cdef Block sums = rows_of(cache.batch, 2)
+    if cache.batch.fingerprint() != cache.fingerprint:
+        raise RuntimeError(
+            "x was changed after the forward, and the backward needs it: give the forward a copy, "
+            "x.copy(), or change x after the backward"
+        )
+    dtype = cache.batch.dtype()
+    make = new_array if cache.batch.size else np.zeros
+    dgamma = make(features, dtype) if cache.scaled else None
+    dbeta = make(features, dtype) if cache.shifted else None
+    dresidual = cache.batch.empty() if cache.added else None
+    dx = run_backward(
+        cache, dout, dgamma, dbeta, dresidual, <double *>sums.start, True, out)
+    if cache.gamma_shape is not None:
+        dgamma = dgamma.reshape(cache.gamma_shape)
+    if cache.beta_shape is not None:
+        dbeta = dbeta.reshape(cache.beta_shape)
+    return (dx, dgamma, dbeta, dresidual) if cache.added else (dx, dgamma, dbeta)
+
+
 cdef run_forward(
     Cache cache, x, gamma, beta, eps, out, bint relu, residual, bint measure,
     Running *running, bint backward
@@ -591,16 +641,17 @@ cdef run_forward(
     cdef Py_buffer *target
     cdef Memory memory
     memory.held = 0
+    array = None if out is None else as_output(out)
     try:
         scale = batch.parameter(&memory, "gamma", gamma)
         shift = batch.parameter(&memory, "beta", beta)
         parameters = memory.held
-        y = batch.target(&memory, out, &given, &target)
+        y = batch.target(&memory, array, &given, &target)
         if residual is not None:
             beside = batch.like_x(&memory, "residual", residual)
         if out is not None:
-            refuse_overlaps(out, given, &memory, parameters, "gamma or beta")
-            check_forward_target(given, out, &memory, x, residual, backward)
+            refuse_overlaps(array, given, &memory, parameters, "gamma or beta")
+            check_forward_target(given, array, &memory, x, residual, backward)
         cache.relu = relu
         if relu and residual is not None and backward and batch.size:
             cache.signs = new_block(signs_room(&batch.shape))
@@ -610,10 +661,11 @@ cdef run_forward(
     finally:
         release(&memory)
     cache.scaled, cache.shifted = gamma is not None, beta is not None
+    cache.gamma_shape, cache.beta_shape = kept_shape(gamma), kept_shape(beta)
     cache.added = residual is not None
     if backward:
         cache.fingerprint = batch.fingerprint()
-    return delivered(y, out)
+    return delivered(y, array, out)
 
 
 cdef run_tracked(
@@ -648,19 +700,20 @@ cdef run_backward(
     cdef Py_buffer *target
     cdef Memory memory
     memory.held = 0
+    array = None if out is None else as_output(out)
     try:
-        upstream = batch.like_x(&memory, "dout", dout).buf
+        upstream = batch.like_x(&memory, "dout", dout, True).buf
         to_dgamma = NULL if dgamma is None else hold(&memory, "dgamma", dgamma).buf
         to_dbeta = NULL if dbeta is None else hold(&memory, "dbeta", dbeta).buf
         to_dresidual = NULL if dresidual is None else hold(&memory, "dresidual", dresidual).buf
-        dx = batch.target(&memory, out, &given, &target)
+        dx = batch.target(&memory, array, &given, &target)
         if out is not None:
-            check_backward_target(given, out, &memory, dout, batch)
+            check_backward_target(given, array, &memory, dout, batch)
         launch_backward(
             cache, target.buf, to_dgamma, to_dbeta, to_dresidual, sums, upstream, measure)
     finally:
         release(&memory)
-    return delivered(dx, out)
+    return delivered(dx, array, out)
 
 
 cdef int launch_forward(
@@ -757,12 +810,21 @@ cdef Resources resources_for(Batch batch, int arrays) except *:
     return use
 
 
-cdef delivered(result, out):
-    """`out`, filled with the result."""
-    if out is None or result is out:
+cdef delivered(result, array, out):
+    """`out`, of which `array` is the memory, filled with the result."""
+    if out is None:
         return result
-    out[...] = result
+    if result is not array:
+        array[...] = result
     return out
+
+
+cdef tuple kept_shape(parameter):
+    """The shape that a parameter's gradient has, where it is not of one dimension."""
+    if parameter is None or type(parameter) is np.ndarray and parameter.ndim == 1:
+        return None
+    shape = np.shape(parameter)
+    return None if len(shape) == 1 else shape
 
 
 cdef Block rows_of(Batch batch, Py_ssize_t rows):

@@ -18,6 +18,7 @@ from bn_cy._attributes import (
 )
 from bn_cy._forks import give_lock
 from bn_cy._layout import as_float_dtype, as_index, as_plain, copy_all
+from bn_cy._masks import Kept
 
 __all__ = ["BatchNorm"]
 
@@ -62,7 +63,7 @@ class BatchNorm:
     ----------
     params, grads : dict
         ``{"gamma": ..., "beta": ...}`` as far as present, for an optimizer: update the arrays
-        of `params` in place. `grads` is filled by `backward`, None before.
+        of `params` in place. `grads` is filled by `backward`, zeros before.
     gamma, beta, dgamma, dbeta : array of shape (num_features,) or None
         The same, one by one.
     running_mean, running_var : float64 array of shape (num_features,) or None
@@ -141,7 +142,7 @@ class BatchNorm:
         self._params = Arrays(
             {name: make(self._num_features, self._dtype) for name, make in parameters.items()}
         )
-        self.grads = dict.fromkeys(self._params)
+        self.grads = {name: np.zeros_like(array) for name, array in self._params.items()}
         statistics = {"running_mean": np.zeros, "running_var": np.ones}
         self._running = Arrays(
             {name: make(self._num_features) for name, make in statistics.items()}
@@ -185,7 +186,7 @@ class BatchNorm:
         """Whether there are running statistics."""
         return bool(self._running)
 
-    def forward(self, x, *, out=None, residual=None, update=True):
+    def forward(self, x, *, out=None, residual=None, update=True, mask=None, lengths=None):
         """Normalize a batch; in training, update the running statistics.
 
         Parameters
@@ -199,6 +200,9 @@ class BatchNorm:
         update : bool, optional
             False: the batch's statistics are used and not counted, as where a step is computed
             again.
+        mask, lengths : array, optional
+            What counts of the batch, as in `batchnorm_forward`; in eval mode the rest becomes 0,
+            too.
 
         Returns
         -------
@@ -217,6 +221,21 @@ class BatchNorm:
         if type(x) is not np.ndarray:
             x = as_plain("x", x)
         self._check_features(x)
+        if mask is None and lengths is None:
+            return self._normalize(x, out, residual, update)
+        kept = Kept(x, self._axis, mask, lengths)
+        target = kept.target(out)
+        if residual is not None:
+            residual = kept.gather("residual", residual)
+        y = self._normalize(kept.gather("x", x), None, residual, update)
+        self._cache._kept = kept
+        y = kept.scatter(y, target)
+        return y if out is None else out
+
+    __call__ = forward
+
+    def _normalize(self, x, out, residual, update):
+        """Return what follows from all of a batch, and keep the cache."""
         gamma, beta = self._params.get("gamma"), self._params.get("beta")
         measured = not self._running or (self.training and not self._frozen)
         if measured and update and self._running:
@@ -231,15 +250,13 @@ class BatchNorm:
         self._cache, self._cached_mode = cache, self.training
         return y
 
-    __call__ = forward
-
     def backward(self, dout, *, out=None, cache=None):
         """Gradients of the last forward; those of the parameters go to `grads`.
 
         Parameters
         ----------
-        dout : array of x's shape and dtype
-            The gradient with respect to the forward's result.
+        dout : array of x's shape and any floating-point dtype
+            The gradient with respect to the forward's result, rounded to x's dtype.
         out : array of x's shape and dtype, optional
             Where to write `dx`. It may be `dout` itself.
         cache : Cache, optional

@@ -342,7 +342,7 @@ def test_a_backward_in_another_mode_than_its_forward_is_refused(rng, training):
     mode = "training" if training else "eval"
     with pytest.raises(RuntimeError, match=f"the last forward was in {mode} mode.*cache="):
         layer.backward(dout)
-    assert layer.grads == {"gamma": None, "beta": None}
+    assert not any(gradient.any() for gradient in layer.grads.values())
     layer.train(training)
     assert np.isfinite(layer.backward(dout)).all()
 
@@ -385,7 +385,7 @@ def test_a_cache_of_another_layer_is_refused(rng):
         layer.backward(dout, cache="last")
     with pytest.raises(TypeError):
         functional.Cache(None)
-    assert layer.grads == {"gamma": None, "beta": None}
+    assert not any(gradient.any() for gradient in layer.grads.values())
 
 
 def test_copies_of_the_parameters_are_plain(rng):
@@ -639,7 +639,7 @@ def test_out_may_not_share_memory_with_the_layer(rng, name):
 def test_a_masked_batch_is_refused(rng):
     layer = BatchNorm(5)
     before = snapshot(layer)
-    with pytest.raises(TypeError, match=r"x must have no mask.*x\.filled"):
+    with pytest.raises(TypeError, match=r"x must have no mask.*mask=.*x\.filled"):
         layer(np.ma.masked_greater(batch(rng)[0], 0))
     assert_same_state(snapshot(layer), before)
 
@@ -978,7 +978,7 @@ def test_a_refused_backward_changes_nothing(rng):
     layer(x)
     dx = layer.backward(dout, cache=layer.cache)
     before = snapshot(layer)
-    for unfit in (dout.T, dout[:-1], dout.astype(np.float64)):
+    for unfit in (dout.T, dout[:-1], dout.astype(np.int64)):
         with pytest.raises((TypeError, ValueError), match="dout"):
             layer.backward(unfit)
     assert_same_state(snapshot(layer), before)

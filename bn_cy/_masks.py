@@ -1,0 +1,111 @@
+"""Batches of which some positions do not count: padding, missing examples.
+
+The rows that count are gathered into a batch of their own, and what comes of it is scattered back.
+So the kernels know nothing of masks, and the result has the bits of a batch without the rest.
+"""
+
+import numpy as np
+
+from bn_cy._layout import as_output, as_plain, axis_of
+
+__all__ = ["Kept"]
+
+
+class Kept:
+    """Which positions of a batch count, a position being an index along all axes but the features'.
+
+    Parameters
+    ----------
+    x : array
+        The batch.
+    axis : int
+        Its feature axis.
+    mask : array of bool, or None
+        True counts; of the shape of `x` without the feature axis, or broadcast to it.
+    lengths : array of int, or None
+        In place of a mask: how many positions of each sequence count. Sequences lie along the
+        second of the axes that are not the features', examples along the first.
+    """
+
+    def __init__(self, x, axis, mask, lengths):
+        self.shape, self.dtype = x.shape, x.dtype
+        self.axis = axis_of(x, axis)
+        positions = self.shape[: self.axis] + self.shape[self.axis + 1 :]
+        if mask is None:
+            mask = within(lengths, positions)
+        elif lengths is None:
+            mask = checked_mask(mask, positions)
+        else:
+            raise ValueError("mask and lengths say the same in two ways: give one of them")
+        self.mask = np.array(mask)  # a copy: it must not change before the backward
+
+    def gather(self, name, array):
+        """Return the rows that count as an array of as many dimensions, features along the axis."""
+        array = as_plain(name, array)
+        if array.shape != self.shape:
+            raise ValueError(f"{name} must have the shape {self.shape} of x, got {array.shape}")
+        rows = np.moveaxis(array, self.axis, -1)[self.mask]
+        ones = (1,) * (len(self.shape) - 2)
+        return np.moveaxis(rows.reshape(len(rows), *ones, self.shape[self.axis]), -1, self.axis)
+
+    def target(self, out):
+        """Return where a result will be scattered to: `out`, if it fits, or a new array."""
+        if out is None:
+            return np.zeros(self.shape, self.dtype)
+        array = as_output(out)
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise ValueError(
+                f"out must have the shape {self.shape} and dtype {self.dtype} of x, "
+                f"got {array.shape} and {array.dtype}"
+            )
+        if not array.flags.writeable:
+            raise ValueError("out must be writable, got a read-only array")
+        return array
+
+    def scatter(self, rows, target):
+        """Write rows where they came from, and 0 elsewhere."""
+        target[...] = 0
+        features = self.shape[self.axis]
+        np.moveaxis(target, self.axis, -1)[self.mask] = np.moveaxis(rows, self.axis, -1).reshape(
+            -1, features
+        )
+        return target
+
+
+def checked_mask(mask, positions):
+    """Return a mask of the shape of the positions."""
+    mask = as_plain("mask", mask)
+    if mask.dtype != bool:
+        raise TypeError(f"mask must be of booleans (True counts), got {mask.dtype}")
+    try:
+        return np.broadcast_to(mask, positions)
+    except ValueError:
+        raise ValueError(
+            f"mask must have the shape {positions}, that of x without the feature axis, or "
+            f"broadcast to it, got {mask.shape}"
+        ) from None
+
+
+def within(lengths, positions):
+    """Return the mask of sequences of these lengths."""
+    lengths = as_plain("lengths", lengths)
+    if len(positions) < 2:
+        raise ValueError(
+            "lengths are of sequences: x must have three dimensions or more, such as "
+            f"(examples, features, steps); got {len(positions) + 1}"
+        )
+    examples, steps, *others = positions
+    if lengths.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be of integers, got {lengths.dtype}")
+    if lengths.shape != (examples,):
+        raise ValueError(
+            f"lengths must have shape ({examples},), one for each example, got {lengths.shape}"
+        )
+    wrong = np.flatnonzero((lengths < 0) | (lengths > steps))
+    if wrong.size:
+        raise ValueError(
+            f"lengths must be from 0 to {steps}, the steps of x, got {lengths[wrong[0]]} at "
+            f"example {wrong[0]}"
+        )
+    mask = np.arange(steps) < lengths[:, np.newaxis]
+    return np.broadcast_to(mask.reshape(examples, steps, *[1] * len(others)), positions)
