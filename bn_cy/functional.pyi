@@ -1,4 +1,5 @@
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,8 +17,19 @@ __all__ = [
     "normalize",
 ]
 
+_Float = TypeVar("_Float", np.float32, np.float64)
 _Batch: TypeAlias = NDArray[Any]  # float32 or float64
 _Row: TypeAlias = NDArray[np.float64]  # one value for each feature
+
+class _TorchTensor(Protocol):
+    requires_grad: Any
+
+class _JaxArray(Protocol):
+    def block_until_ready(self) -> Any: ...
+
+_Tensor: TypeAlias = _TorchTensor | _JaxArray
+_Values: TypeAlias = Sequence[Sequence[Any]] | _Tensor  # a batch that is no NumPy array
+_Upstream: TypeAlias = NDArray[np.floating[Any]] | _Values
 
 class Moments(NamedTuple):
     count: int  # type: ignore[assignment]  # hides tuple.count, on purpose
@@ -40,19 +52,37 @@ class Cache:
     @property
     def empty(self) -> bool: ...
 
+@overload
 def batchnorm_forward(
-    x: ArrayLike,
+    x: NDArray[_Float],
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     axis: int = 1,
-    out: _Batch | None = None,
+    out: NDArray[_Float] | None = None,
     relu: bool = False,
-    residual: ArrayLike | None = None,
-) -> tuple[_Batch, Cache]: ...
+    residual: NDArray[_Float] | _Values | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+) -> tuple[NDArray[_Float], Cache]: ...
+@overload
+def batchnorm_forward(
+    x: _Values,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: _Batch | _Tensor | None = None,
+    relu: bool = False,
+    residual: _Batch | _Values | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+) -> tuple[Any, Cache]: ...
+@overload
 def frozen_forward(
-    x: ArrayLike,
+    x: NDArray[_Float],
     mean: ArrayLike,
     var: ArrayLike,
     gamma: ArrayLike | None = None,
@@ -60,17 +90,38 @@ def frozen_forward(
     eps: float = 1e-5,
     *,
     axis: int = 1,
-    out: _Batch | None = None,
+    out: NDArray[_Float] | None = None,
     relu: bool = False,
-    residual: ArrayLike | None = None,
-) -> tuple[_Batch, Cache]: ...
+    residual: NDArray[_Float] | _Values | None = None,
+) -> tuple[NDArray[_Float], Cache]: ...
+@overload
+def frozen_forward(
+    x: _Values,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: _Batch | _Tensor | None = None,
+    relu: bool = False,
+    residual: _Batch | _Values | None = None,
+) -> tuple[Any, Cache]: ...
 def batchnorm_backward(
-    dout: ArrayLike, cache: Cache, *, out: _Batch | None = None
+    dout: _Upstream, cache: Cache, *, out: _Batch | _Tensor | None = None
 ) -> tuple[Any, ...]: ...  # dx, dgamma, dbeta, and after a residual dresidual
 def clear_buffers() -> None: ...
-def moments(x: ArrayLike, *, axis: int = 1) -> Moments: ...
+def moments(
+    x: NDArray[_Float] | _Values,
+    *,
+    axis: int = 1,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+) -> Moments: ...
+@overload
 def normalize(
-    x: ArrayLike,
+    x: NDArray[_Float],
     mean: ArrayLike,
     var: ArrayLike,
     gamma: ArrayLike | None = None,
@@ -78,13 +129,27 @@ def normalize(
     eps: float = 1e-5,
     *,
     axis: int = 1,
-    out: _Batch | None = None,
+    out: NDArray[_Float] | None = None,
     relu: bool = False,
-    residual: ArrayLike | None = None,
-) -> _Batch: ...
+    residual: NDArray[_Float] | _Values | None = None,
+) -> NDArray[_Float]: ...
+@overload
+def normalize(
+    x: _Values,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: _Batch | _Tensor | None = None,
+    relu: bool = False,
+    residual: _Batch | _Values | None = None,
+) -> Any: ...
 def gradient_sums(
-    dout: ArrayLike,
-    x: ArrayLike,
+    dout: _Upstream,
+    x: NDArray[_Float] | _Values,
     mean: ArrayLike,
     var: ArrayLike,
     eps: float = 1e-5,
@@ -94,9 +159,10 @@ def gradient_sums(
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
 ) -> tuple[_Row, _Row]: ...
+@overload
 def input_gradient(
-    dout: ArrayLike,
-    x: ArrayLike,
+    dout: _Upstream,
+    x: NDArray[_Float],
     mean: ArrayLike,
     var: ArrayLike,
     gamma: ArrayLike | None,
@@ -106,7 +172,24 @@ def input_gradient(
     count: float,
     *,
     axis: int = 1,
-    out: _Batch | None = None,
+    out: NDArray[_Float] | None = None,
     relu: bool = False,
     beta: ArrayLike | None = None,
-) -> _Batch: ...
+) -> NDArray[_Float]: ...
+@overload
+def input_gradient(
+    dout: _Upstream,
+    x: _Values,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None,
+    eps: float,
+    sum_dout: ArrayLike,
+    sum_dout_xhat: ArrayLike,
+    count: float,
+    *,
+    axis: int = 1,
+    out: _Batch | _Tensor | None = None,
+    relu: bool = False,
+    beta: ArrayLike | None = None,
+) -> Any: ...

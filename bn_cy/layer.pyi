@@ -1,10 +1,11 @@
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+from typing_extensions import Self
 
-from bn_cy.functional import Cache, _Batch, _Row
+from bn_cy.functional import Cache, _Batch, _Float, _Row, _Tensor, _Upstream, _Values
 
 __all__ = ["BatchNorm"]
 
@@ -13,7 +14,7 @@ _Policy: TypeAlias = Literal["raise", "skip", "update"]
 class BatchNorm:
     unbiased: bool
     training: bool
-    grads: dict[str, _Batch | None]
+    grads: dict[str, _Batch]
 
     def __init__(
         self,
@@ -56,28 +57,29 @@ class BatchNorm:
     def on_nonfinite(self) -> _Policy: ...
     @on_nonfinite.setter
     def on_nonfinite(self, value: _Policy) -> None: ...
+    # The arrays below are None where the layer has none, which only those who ask for it meet.
     @property
-    def gamma(self) -> _Batch | None: ...
+    def gamma(self) -> _Batch: ...
     @gamma.setter
     def gamma(self, value: ArrayLike) -> None: ...
     @property
-    def beta(self) -> _Batch | None: ...
+    def beta(self) -> _Batch: ...
     @beta.setter
     def beta(self, value: ArrayLike) -> None: ...
     @property
-    def dgamma(self) -> _Batch | None: ...
+    def dgamma(self) -> _Batch: ...
     @dgamma.setter
     def dgamma(self, value: _Batch | None) -> None: ...
     @property
-    def dbeta(self) -> _Batch | None: ...
+    def dbeta(self) -> _Batch: ...
     @dbeta.setter
     def dbeta(self, value: _Batch | None) -> None: ...
     @property
-    def running_mean(self) -> _Row | None: ...
+    def running_mean(self) -> _Row: ...
     @running_mean.setter
     def running_mean(self, value: ArrayLike) -> None: ...
     @property
-    def running_var(self) -> _Row | None: ...
+    def running_var(self) -> _Row: ...
     @running_var.setter
     def running_var(self, value: ArrayLike) -> None: ...
     @property
@@ -90,30 +92,62 @@ class BatchNorm:
     def num_batches_tracked(self, value: int) -> None: ...
     @property
     def track_running_stats(self) -> bool: ...
+    @overload
     def forward(
         self,
-        x: ArrayLike,
+        x: NDArray[_Float],
         *,
-        out: _Batch | None = None,
-        residual: ArrayLike | None = None,
+        out: NDArray[_Float] | None = None,
+        residual: NDArray[_Float] | _Values | None = None,
         update: bool = True,
-    ) -> _Batch: ...
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+    ) -> NDArray[_Float]: ...
+    @overload
+    def forward(
+        self,
+        x: _Values,
+        *,
+        out: _Batch | _Tensor | None = None,
+        residual: _Batch | _Values | None = None,
+        update: bool = True,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+    ) -> Any: ...
+    @overload
     def __call__(
         self,
-        x: ArrayLike,
+        x: NDArray[_Float],
         *,
-        out: _Batch | None = None,
-        residual: ArrayLike | None = None,
+        out: NDArray[_Float] | None = None,
+        residual: NDArray[_Float] | _Values | None = None,
         update: bool = True,
-    ) -> _Batch: ...
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+    ) -> NDArray[_Float]: ...
+    @overload
+    def __call__(
+        self,
+        x: _Values,
+        *,
+        out: _Batch | _Tensor | None = None,
+        residual: _Batch | _Values | None = None,
+        update: bool = True,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+    ) -> Any: ...
     # dx; after a residual dx and dresidual
     def backward(
-        self, dout: ArrayLike, *, out: _Batch | None = None, cache: Cache | None = None
+        self,
+        dout: _Upstream,
+        *,
+        out: _Batch | _Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Any: ...
-    def train(self, mode: bool = True) -> BatchNorm: ...
-    def eval(self) -> BatchNorm: ...
-    def freeze(self) -> BatchNorm: ...
-    def unfreeze(self) -> BatchNorm: ...
+    def train(self, mode: bool = True) -> Self: ...
+    def eval(self) -> Self: ...
+    def freeze(self) -> Self: ...
+    def unfreeze(self) -> Self: ...
     def reset_running_stats(self) -> None: ...
     def state_dict(self) -> dict[str, NDArray[Any]]: ...
     def load_state_dict(self, state: Mapping[str, ArrayLike], *, prefix: str = "") -> None: ...
