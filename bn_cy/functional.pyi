@@ -1,8 +1,10 @@
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, overload
+from typing import Any, Protocol, TypeAlias, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from bn_cy._moments import Moments
 
 __all__ = [
     "Cache",
@@ -30,11 +32,6 @@ class _JaxArray(Protocol):
 _Tensor: TypeAlias = _TorchTensor | _JaxArray
 _Values: TypeAlias = Sequence[Sequence[Any]] | _Tensor  # a batch that is no NumPy array
 _Upstream: TypeAlias = NDArray[np.floating[Any]] | _Values
-
-class Moments(NamedTuple):
-    count: int  # type: ignore[assignment]  # hides tuple.count, on purpose
-    mean: _Row
-    var: _Row
 
 class Cache:
     @property

@@ -20,11 +20,10 @@ library in the processor's memory is taken as it is, as x, as dout and as ``out`
 """
 
 
-from typing import NamedTuple
-
 import numpy as np
 
 from bn_cy._dispatch import KERNELS
+from bn_cy._moments import Moments
 from bn_cy._openmp import cpu
 from bn_cy._threads import get_num_threads
 
@@ -74,14 +73,6 @@ cdef Py_ssize_t kept = cpu.own_cache() // 2
 
 cdef Kernels *kernels = <Kernels *>PyCapsule_GetPointer(KERNELS, "bn_cy.Kernels")
 cdef object new_array = np.empty
-
-
-class Moments(NamedTuple):
-    """What `moments` returns: the count, the mean and the biased variance of every feature."""
-
-    count: int
-    mean: np.ndarray
-    var: np.ndarray
 
 
 cdef class Cache:
