@@ -5,6 +5,7 @@ from typing import Any
 
 from bn_cy import reference
 from bn_cy._config import show_config
+from bn_cy._recalibrate import recalibrate
 from bn_cy._threads import get_num_threads, set_num_threads
 from bn_cy._version import __version__
 from bn_cy.functional import (
@@ -35,6 +36,7 @@ __all__ = [
     "input_gradient",
     "moments",
     "normalize",
+    "recalibrate",
     "reference",
     "set_num_threads",
     "show_config",
