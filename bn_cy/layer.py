@@ -285,7 +285,7 @@ class BatchNorm:
             cache = self._cache_for_backward()
         else:
             self._check_cache(cache)
-        dx, dgamma, dbeta, *dresidual = functional.batchnorm_backward(dout, cache, out=out)
+        dx, dgamma, dbeta, *dresidual = self._gradients(dout, cache, out)
         result = (dx, *dresidual) if dresidual else dx
         found = {"gamma": dgamma, "beta": dbeta}
         for name in self._params:
@@ -420,7 +420,7 @@ class BatchNorm:
         version = state.pop("version", None)
         if version != PICKLE_VERSION:
             raise ValueError(
-                f"this BatchNorm was pickled in version {version} of its format, "
+                f"this {type(self).__name__} was pickled in version {version} of its format, "
                 f"and this bn_cy reads version {PICKLE_VERSION}"
             )
         arrays = {name: Arrays(state[name]) for name in ("_params", "_running")}
@@ -431,7 +431,8 @@ class BatchNorm:
         """As the expression that makes such a layer."""
         mode = "" if self.training else ".eval()"
         return (
-            f"BatchNorm({self._num_features}, eps={self._eps}, momentum={self._momentum}, "
+            f"{type(self).__name__}({self._num_features}, eps={self._eps}, "
+            f"momentum={self._momentum}, "
             f"scale={self.gamma is not None}, shift={self.beta is not None}, "
             f"track_running_stats={self.track_running_stats}, unbiased={self.unbiased}, "
             f"axis={self._axis}, dtype={self._dtype.name!r}, relu={self.relu}, "
@@ -480,14 +481,22 @@ class BatchNorm:
             )
         _, cache, counted = result
         if not counted and not cache.empty and self._on_nonfinite == "raise":
-            wrong = np.flatnonzero(~np.isfinite(cache.var))
-            error = FloatingPointError(
-                f"x has NaN or infinity, or a variance that overflows, {places(wrong)}; the batch "
-                'is not counted (on_nonfinite="skip" normalizes such a batch without an error)'
-            )
-            self._cache = None  # a backward would give the gradient of the batch before
-            raise error
+            self._refuse_batch(cache.var)
         return result
+
+    def _refuse_batch(self, var):
+        """Raise the error of a batch whose variance is not finite."""
+        wrong = np.flatnonzero(~np.isfinite(var))
+        error = FloatingPointError(
+            f"x has NaN or infinity, or a variance that overflows, {places(wrong)}; the batch "
+            'is not counted (on_nonfinite="skip" normalizes such a batch without an error)'
+        )
+        self._cache = None  # a backward would give the gradient of the batch before
+        raise error
+
+    def _gradients(self, dout, cache, out):
+        """Return what `batchnorm_backward` does; the one step of a backward that looks at data."""
+        return functional.batchnorm_backward(dout, cache, out=out)
 
     def _check_cache(self, cache):
         if not isinstance(cache, functional.Cache):
