@@ -21,11 +21,13 @@ from bn_cy.functional import (
     normalize,
 )
 from bn_cy.layer import BatchNorm
+from bn_cy.sync import SyncBatchNorm
 
 __all__ = [
     "BatchNorm",
     "Cache",
     "Moments",
+    "SyncBatchNorm",
     "__version__",
     "batchnorm_backward",
     "batchnorm_forward",
