@@ -8,6 +8,7 @@ from bn_cy._config import show_config
 from bn_cy._recalibrate import recalibrate
 from bn_cy._threads import get_num_threads, set_num_threads
 from bn_cy._version import __version__
+from bn_cy.folding import fold, fold_next
 from bn_cy.functional import (
     Cache,
     Moments,
@@ -32,6 +33,8 @@ __all__ = [
     "batchnorm_backward",
     "batchnorm_forward",
     "clear_buffers",
+    "fold",
+    "fold_next",
     "frozen_forward",
     "get_num_threads",
     "gradient_sums",

@@ -341,6 +341,45 @@ class BatchNorm:
         self._frozen = False
         return self
 
+    def affine(self):
+        """Return the layer in eval mode as a scale and a shift: ``y = x*scale + shift``.
+
+        For weights that take the layer over (`bn_cy.fold`), and for other code that has to be given
+        two numbers a feature. A ReLU that follows is left out.
+
+        Returns
+        -------
+        scale, shift : float64 array of shape (num_features,)
+            ``gamma/sqrt(running_var + eps)`` and ``beta - running_mean*scale``.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has no running statistics.
+
+        Notes
+        -----
+        Apply them in float64, or to float32 data whose mean is within some standard deviations of
+        0: ``x*scale`` and ``shift`` are as large as the mean is in standard deviations, and their
+        sum is not. In float32 it is off by 6e-8 times that number. `forward` subtracts the mean
+        first, and has no such error.
+
+        Examples
+        --------
+        >>> import bn_cy
+        >>> layer = bn_cy.BatchNorm(1, eps=0)
+        >>> layer.running_mean, layer.running_var = [3.0], [4.0]
+        >>> layer.affine()
+        (array([0.5]), array([-1.5]))
+        """
+        if not self._running:
+            raise RuntimeError("this layer has no running statistics, which scale and shift need")
+        state = self.state_dict()
+        std = np.sqrt(state["running_var"] + self._eps)
+        scale = np.zeros(self._num_features)  # where var and eps are 0, and y is beta
+        np.divide(state.get("weight", 1.0), std, out=scale, where=std > 0)
+        return scale, state.get("bias", 0.0) - state["running_mean"] * scale
+
     def reset_running_stats(self):
         """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
         fresh, arrays = [np.zeros((), np.int64)], [self._tracked]
