@@ -128,6 +128,16 @@ def parameters(rng, features, dtype=np.float32, scale=True, shift=True):
     return gamma, beta
 
 
+def trained(rng, layer):
+    """Give a layer random parameters, of both signs, and running statistics; return it."""
+    features = layer.num_features
+    for parameter in layer.params.values():
+        parameter[:] = rng.uniform(0.5, 2, features) * rng.choice([-1, 1], features)
+    layer.running_mean = rng.normal(0, 2, features)
+    layer.running_var = rng.uniform(0.1, 3, features)
+    return layer
+
+
 def finite_differences(function, x, step=1e-3):
     """Return the gradient of a scalar function of a float64 array, by 4th-order differences."""
     gradient = np.empty_like(x)
