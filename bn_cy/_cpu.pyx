@@ -1,6 +1,7 @@
 """What the processor and OpenMP offer."""
 
 import contextlib
+import os
 from pathlib import Path
 
 cdef extern from *:
@@ -46,6 +47,29 @@ cdef extern from *:
         return size > 0 ? size : 0;
     }
 
+    /* The path of the OpenMP runtime; NULL where there is none or the system does not tell. */
+    #if defined(_OPENMP) && !defined(_MSC_VER)
+    #include <dlfcn.h>
+    static const char *bn_openmp_runtime(void) {
+        Dl_info info;
+        return dladdr((void *)(size_t)omp_get_max_threads, &info) ? info.dli_fname : NULL;
+    }
+    #else
+    static const char *bn_openmp_runtime(void) { return NULL; }
+    #endif
+
+    #if defined(__clang__)
+    #define BN_CY_COMPILER __VERSION__
+    #elif defined(__GNUC__)
+    #define BN_CY_COMPILER "GCC " __VERSION__
+    #elif defined(_MSC_VER)
+    #define BN_CY_TEXT(number) #number
+    #define BN_CY_TEXT_OF(macro) BN_CY_TEXT(macro)
+    #define BN_CY_COMPILER "MSVC " BN_CY_TEXT_OF(_MSC_VER)
+    #else
+    #define BN_CY_COMPILER "unknown"
+    #endif
+
     #ifndef BN_CY_VARIANTS
     #define BN_CY_VARIANTS "plain"
     #endif
@@ -58,11 +82,15 @@ cdef extern from *:
     int omp_get_max_threads() nogil
     int bn_cpu_level() nogil
     long bn_cache_bytes(int level) nogil
+    const char *bn_openmp_runtime() nogil
     bint HAS_OPENMP "BN_CY_HAS_OPENMP"
     const char *VARIANTS "BN_CY_VARIANTS"
+    const char *COMPILED_BY "BN_CY_COMPILER"
 
 OPENMP = bool(HAS_OPENMP)
+COMPILER = COMPILED_BY.decode()
 BUILT = VARIANTS.decode().split()
+serial = not HAS_OPENMP
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -71,9 +99,27 @@ def supported_levels():
     return [f"v{level}" for level in range(bn_cpu_level(), 1, -1)]
 
 
+def openmp_runtime():
+    """Return the path of the OpenMP runtime; None where there is none or the system is silent."""
+    cdef const char *path = bn_openmp_runtime()
+    return None if path == NULL else os.fsdecode(path)
+
+
 def max_threads():
-    """Return how many threads OpenMP would use now, for the calling thread; 1 in a serial build."""
-    return omp_get_max_threads()
+    """Return how many threads OpenMP would use now, for the calling thread; 1 where all is serial.
+    """
+    return 1 if serial else omp_get_max_threads()
+
+
+def is_serial():
+    """Tell whether all calls have one thread: in a serial build, and in a forked child."""
+    return serial
+
+
+def stay_serial(bint value=True):
+    """Let all later calls of this process have one thread."""
+    global serial
+    serial = value
 
 
 def cache_bytes(level, folder=CACHES):

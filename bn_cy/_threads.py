@@ -6,7 +6,6 @@ import os
 from bn_cy._openmp import cpu
 
 _limit = None  # what set_num_threads asked for
-_forked = False
 
 
 def set_num_threads(n):
@@ -61,15 +60,10 @@ def get_num_threads():
     >>> bn_cy.get_num_threads() >= 1
     True
     """
-    if _forked or not cpu.OPENMP:
+    if cpu.is_serial():
         return 1
     return _limit or cpu.max_threads()
 
 
-def _stay_serial():
-    global _forked
-    _forked = True
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_stay_serial)
+    os.register_at_fork(after_in_child=cpu.stay_serial)

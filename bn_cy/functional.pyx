@@ -24,7 +24,6 @@ import numpy as np
 
 from bn_cy._dispatch import KERNELS
 from bn_cy._moments import Moments
-from bn_cy._openmp import cpu
 from bn_cy._threads import get_num_threads
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
@@ -35,11 +34,12 @@ from libc.string cimport memcpy, memset
 from bn_cy._buffers import POOL, clear_buffers
 from bn_cy._layout import as_output, as_plain
 from bn_cy._masks import Kept
+from bn_cy._resources import _stream_from  # no-cython-lint: for tests and measurements
 
 from bn_cy._buffers cimport Block, new_block
+from bn_cy._resources cimport is_short, resources_for
 from bn_cy.kernels cimport (
-    MEAN, REST, STATISTICS, VAR, Activation, Kernels, Resources, Running,
-    signs_room,
+    KERNELS_NAME, MEAN, REST, STATISTICS, VAR, Activation, Kernels, Resources, Running, signs_room,
 )
 from bn_cy._layout cimport (
     Batch, Memory, as_array, as_number, batch_of, hold, is_same, refuse_overlap, refuse_overlaps,
@@ -59,19 +59,7 @@ __all__ = [
     "normalize",
 ]
 
-cdef enum:
-    GRAIN = 12_000  # values of work, a feature counting as FEATURE, that a thread has at the least
-    FEATURE = 16
-    FAR = 80 << 20  # bytes that no last level keeps: a larger one is shared with many
-
-# Bytes of all the arrays of a call from which its output is written past the cache: what the last
-# level does not keep, as others have a share of it.
-cdef Py_ssize_t streamed = min(3 * cpu.last_level_cache() // 4, FAR)
-
-# Bytes that a thread finds again: half of its cache, as code, output and parameters want room too.
-cdef Py_ssize_t kept = cpu.own_cache() // 2
-
-cdef Kernels *kernels = <Kernels *>PyCapsule_GetPointer(KERNELS, "bn_cy.Kernels")
+cdef Kernels *kernels = <Kernels *>PyCapsule_GetPointer(KERNELS, KERNELS_NAME)
 cdef object new_array = np.empty
 
 
@@ -714,9 +702,9 @@ cdef int launch_forward(
     cdef Batch batch = cache.batch
     cdef double *statistics = cache.statistics
     cdef Activation then = cache.activation(<void *>residual)
-    cdef Resources use = resources_for(batch, 2 if residual == NULL else 3)
+    cdef Resources use = resources_of(batch, 2 if residual == NULL else 3)
     cdef int status
-    if is_short(batch):
+    if is_short(&batch.shape):
         status = call_forward(
             batch, statistics, y, gamma, beta, eps, measure, running, &then, &use)
     else:
@@ -729,14 +717,6 @@ cdef int launch_forward(
     if status:
         raise MemoryError("no memory for the partial sums of a forward")
     return 0
-
-
-def _stream_from(Py_ssize_t size):
-    """Set from how many bytes of all its arrays a call writes past the cache; return what it was.
-    Results have the same bits either way: this is for their tests, and for measurements."""
-    global streamed
-    before, streamed = streamed, size
-    return before
 
 
 cdef int call_forward(
@@ -756,9 +736,9 @@ cdef int launch_backward(
     cdef double count = cache.values
     cdef Activation then = cache.activation(dresidual)
     # A whole backward counts one more: x and dout, wanted twice, stay less well beside dx.
-    cdef Resources use = resources_for(batch, 4 if measure and dx != NULL else 3)
+    cdef Resources use = resources_of(batch, 4 if measure and dx != NULL else 3)
     cdef int status
-    if is_short(batch):
+    if is_short(&batch.shape):
         status = call_backward(
             batch, statistics, count, dx, dgamma, dbeta, sums, dout, measure, &then, &use)
     else:
@@ -782,23 +762,10 @@ cdef int call_backward(
         count, measure, then, use)
 
 
-cdef inline Py_ssize_t useful_threads(Batch batch) noexcept:
-    return (batch.size + FEATURE * batch.shape.features) // GRAIN
-
-
-cdef inline bint is_short(Batch batch) noexcept:
-    """Whether a call is over before the GIL could be given up: it has one thread."""
-    return useful_threads(batch) < 2
-
-
-cdef Resources resources_for(Batch batch, int arrays) except *:
+cdef Resources resources_of(Batch batch, int arrays) except *:
     """What a call that works on `arrays` of the size of x may use."""
-    cdef Resources use
-    use.threads = 1 if is_short(batch) else min(
-        useful_threads(batch), <Py_ssize_t>get_num_threads())
-    use.cache = kept
-    use.far = arrays * batch.nbytes >= streamed
-    return use
+    cdef int threads = 1 if is_short(&batch.shape) else get_num_threads()
+    return resources_for(&batch.shape, batch.view.itemsize, arrays, threads)
 
 
 cdef delivered(result, array, out):

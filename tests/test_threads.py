@@ -16,7 +16,6 @@ from builds import optimized
 from bn_cy import (
     BatchNorm,
     _dispatch,
-    _threads,
     batchnorm_backward,
     batchnorm_forward,
     get_num_threads,
@@ -399,9 +398,12 @@ def test_the_small_stacks_of_musl_are_enough(rng, python):
     assert result.stdout.split() == ["done"], result.stderr
 
 
-def test_a_forked_child_has_one_thread(monkeypatch, threads):
+def test_a_forked_child_has_one_thread(threads):
     """What `register_at_fork` calls in it: an OpenMP runtime does not survive a fork."""
     set_num_threads(5)
-    monkeypatch.setattr(_threads, "_forked", False)
-    _threads._stay_serial()
-    assert get_num_threads() == 1
+    before = cpu.is_serial()
+    cpu.stay_serial()
+    try:
+        assert get_num_threads() == 1
+    finally:
+        cpu.stay_serial(before)

@@ -314,7 +314,7 @@ def choose(number):
             if hasattr(library, "bn_choose"):
                 library.bn_choose(number)
     # The fork came before the first thread, so that the child may have threads, too.
-    sys.modules["bn_cy._threads"]._forked = False
+    sys.modules["bn_cy._cpu"].stay_serial(False)
 
 
 def start(plugin, seed, tests, **environment):
