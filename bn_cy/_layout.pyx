@@ -19,6 +19,7 @@ from libc.string cimport memcpy, memmove
 from bn_cy._buffers import relieved
 
 from bn_cy._buffers cimport Buffer
+from bn_cy.kernels cimport join_runs
 
 cdef enum:
     RECYCLED = 1 << 18  # bytes from which an output comes from the pool; below, malloc is faster
@@ -248,9 +249,7 @@ cdef class Batch:
                 self.shape.outer *= self.view.shape[order[k]]
             else:
                 self.shape.inner *= self.view.shape[order[k]]
-        if self.shape.features == 1:  # a single run: no values of other features lie between
-            self.shape.inner *= self.shape.outer
-            self.shape.outer = 1
+        join_runs(&self.shape)
         self.count = self.shape.outer * self.shape.inner
         self.size = self.count * self.shape.features
         self.nbytes = self.size * self.view.itemsize

@@ -5,6 +5,15 @@
 # forward leaves it for backward. Every function may be called without the GIL and returns 0, or -1
 # where there was no memory. Of an empty batch it does nothing.
 
+cdef extern from *:
+    """
+    /* The name of the capsule. A change below raises its number, so that a module that was not
+       compiled again is refused; tests/test_capi.py holds the two together. */
+    #define BN_CY_KERNELS "bn_cy.kernels/1"
+    """
+    const char *KERNELS_NAME "BN_CY_KERNELS"
+
+
 cdef enum:
     MEAN        # before the mean is known: the shift
     REST        # what a double mean leaves over: the mean is MEAN + REST
@@ -17,6 +26,13 @@ cdef enum:
 
 cdef struct Shape:
     Py_ssize_t outer, features, inner
+
+
+cdef inline void join_runs(Shape *shape) noexcept nogil:
+    """Of a single feature all values are one run: no values of others lie between."""
+    if shape.features == 1:
+        shape.inner *= shape.outer
+        shape.outer = 1
 
 
 cdef inline Py_ssize_t signs_room(const Shape *shape) noexcept nogil:

@@ -13,7 +13,7 @@ from libc.math cimport isinf
 from libc.stdlib cimport free, malloc
 
 from bn_cy.kernels cimport (
-    STATISTICS, Activation, Backward, Forward, Kernels, Resources, Running, Shape,
+    KERNELS_NAME, STATISTICS, Activation, Backward, Forward, Kernels, Resources, Running, Shape,
 )
 
 # The rooms, each of which uses only those above it.
@@ -234,5 +234,5 @@ TABLE[0].backward = <Backward>enter_backward[float]
 TABLE[1].forward = <Forward>enter_forward[double]
 TABLE[1].backward = <Backward>enter_backward[double]
 
-KERNELS = PyCapsule_New(TABLE, "bn_cy.Kernels", NULL)
+KERNELS = PyCapsule_New(TABLE, KERNELS_NAME, NULL)
 FLAGS = C_FLAGS.decode()  # what the compiler was told for this variant
