@@ -222,14 +222,15 @@ def confine_line_numbers(path):
 def extension(source, shared):
     """Describe the module of one .pyx; its flags are added when the compiler is known."""
     name = ".".join(source.with_suffix("").parts)
-    return Extension(name, [source.as_posix()], depends=[path.as_posix() for path in shared])
+    depends = [path.as_posix() for path in shared]
+    return Extension(name, [source.as_posix()], depends=depends, include_dirs=[PACKAGE.as_posix()])
 
 
 def extensions():
     """Describe all modules: those of the package, and a variant of the kernels each."""
     variants = [PACKAGE / "kernels" / f"{name}.pyx" for name in VARIANTS]
     rooms = [path for path in (PACKAGE / "kernels").glob("*.p*") if path not in variants]
-    shared = [*PACKAGE.glob("*.pxd"), *rooms]
+    shared = [*PACKAGE.glob("*.pxd"), *PACKAGE.glob("*.h"), *rooms]
     sources = [*variants, *sorted(PACKAGE.glob("*.pyx"))]  # what takes longest is begun first
     cython_code = Extension(SHARED, [SHARED.replace(".", "/") + ".c"])
     return [*(extension(source, shared) for source in sources), cython_code]

@@ -47,7 +47,7 @@ __all__ = [
     "show_config",
 ]
 
-_ON_DEMAND = ("convert", "cs231n", "graph")  # what only some need, and what would slow every import
+_ON_DEMAND = ("capi", "convert", "cs231n", "graph")  # what only some need: it slows an import
 
 
 def __getattr__(name: str) -> Any:
