@@ -3,16 +3,27 @@
 Environment variables that change the build:
 
 BN_CY_OPENMP=0       no OpenMP: every kernel runs in one thread
+BN_CY_DEBUG=1        no optimization, debug information, and every index checked
 BN_CY_SANITIZE=...   what the compiler's -fsanitize= takes, such as address,undefined or thread; to
                      be run with the sanitizer's library preloaded
 BN_CY_BOUNDSCHECK=1  every index of a typed memoryview is checked; 6 to 13 times slower
 BN_CY_COVERAGE=1     GCC counts how often each line of Cython runs, for gcov
-CC, CFLAGS, ...      as for every setuptools build
+CFLAGS               are stronger than our -O3 and -g0, and weaker than what the bits of the
+                     results and the instruction sets depend on; what would break the bits is an
+                     error
+CC, LDFLAGS, ...     as for every setuptools build
+
+`pip install -e ".[dev]"` builds in place; `python setup.py build_ext --inplace` then builds again
+what has changed.
 """
 
 import os
 import re
+import shlex
+import sys
 import tempfile
+import time
+import zlib
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -25,32 +36,46 @@ KERNELS = "bn_cy.kernels."  # and the name of the variant
 SHARED = "bn_cy._cyutility"  # Cython's own code, such as memoryviews, once for all modules
 
 SERIAL = os.environ.get("BN_CY_OPENMP", "") == "0"
-SANITIZE, BOUNDSCHECK, COVERAGE = (
+DEBUG, SANITIZE, BOUNDSCHECK, COVERAGE = (
     "" if os.environ.get(name, "") == "0" else os.environ.get(name, "")
-    for name in ("BN_CY_SANITIZE", "BN_CY_BOUNDSCHECK", "BN_CY_COVERAGE")
+    for name in ("BN_CY_DEBUG", "BN_CY_SANITIZE", "BN_CY_BOUNDSCHECK", "BN_CY_COVERAGE")
 )
+CHECKED = DEBUG or BOUNDSCHECK
+CFLAGS = shlex.split(os.environ.get("CFLAGS", ""))
 
 DIRECTIVES = {
     "language_level": 3,
-    "boundscheck": bool(BOUNDSCHECK),
+    "boundscheck": bool(CHECKED),
     "wraparound": False,
     "initializedcheck": False,
     "cdivision": True,
 }
 
 # Contraction into FMA and reassociation would give every instruction set its own rounding.
-GCC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-MSVC_FLAGS = ["/O2", "/fp:precise"]
+GCC_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+MSVC_FLAGS = ["/Od", "/Zi"] if DEBUG else ["/O2"]
+MSVC_FLAGS += ["/fp:precise"]
 
-# What a special build adds; without one there is no debug information, two thirds of a wheel.
-# Above -O1 a compiler counts for one line what it has moved to another, and takes minutes for the
-# checks of a sanitizer.
+# GCC's -Ofast and -ffast-math, Clang's -ffp-model=fast, and what they are made of.
+BREAK_BITS = re.compile(
+    "-Ofast|-ff(ast-math|p-model=(fast|aggressive)|inite-math-only)|-fno-signed-zeros"
+    "|-f(unsafe-math-optimizations|associative-math|reciprocal-math)"
+)
+
+# What a special build links, too.
 LINKED_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
 LINKED_FLAGS += ["--coverage"] if COVERAGE else []
-SPECIAL_FLAGS = LINKED_FLAGS + (["-g1"] if LINKED_FLAGS else ["-g0"])
-SPECIAL_FLAGS += ["-O1"] if LINKED_FLAGS else []
+
+# Debug information would be two thirds of a wheel. Above -O1 a compiler counts for one line what it
+# has moved to another, and takes minutes for the checks of a sanitizer.
+SPECIAL = DEBUG or SANITIZE or COVERAGE
+OPTIMIZATION = ["-O0", "-g3"] if DEBUG else ["-O1", "-g1"] if SPECIAL else ["-O3", "-g0"]
+SPECIAL_FLAGS = list(LINKED_FLAGS)
 SPECIAL_FLAGS += ["-fno-wrapv"] if SANITIZE else []  # Python has its modules built with the other
-SPECIAL_FLAGS += ["-DBN_CY_BOUNDSCHECK"] if BOUNDSCHECK else []
+SPECIAL_FLAGS += ["-DBN_CY_BOUNDSCHECK"] if CHECKED else []
+
+# The names of functions are a sixth of a module; profilers and debuggers want them in a checkout.
+STRIP = ["-Wl,--strip-all"]
 
 # Each if the compiler takes it. GCC gives up on loops over eight rows of doubles, which might
 # overlap the sums, after ten checks. Twice unrolled, a loop of one vector does not depend on where
@@ -133,11 +158,11 @@ def choose_variants(compiler, platform, candidates):
     return accepted or {"plain": []}
 
 
-def configure(ext, flags, openmp, variants):
+def configure(ext, flags, linking, openmp, variants):
     """Give one module its flags, and tell it by macros how the package is being built."""
     compile_flags, link_flags = openmp or ([], [])
     ext.extra_compile_args = flags + compile_flags
-    ext.extra_link_args = link_flags + LINKED_FLAGS
+    ext.extra_link_args = [*link_flags, *linking]
     ext.define_macros = [
         ("BN_CY_FLAGS", c_string(ext.extra_compile_args)),
         ("BN_CY_VARIANTS", c_string(variants)),
@@ -147,7 +172,18 @@ def configure(ext, flags, openmp, variants):
 
 
 def c_string(words):
-    return '"{}"'.format(" ".join(words))
+    text = " ".join(words).replace("\\", r"\\").replace('"', r"\"")
+    return f'"{text}"'
+
+
+def refuse_what_breaks_the_bits(flags):
+    """Stop where CFLAGS ask for sums in another order, whose bits depend on the processor."""
+    wrong = [flag for flag in flags if BREAK_BITS.match(flag)]
+    if wrong:
+        sys.exit(
+            f"bn_cy: CFLAGS has {' '.join(wrong)}, with which results depend on the processor; "
+            "build without"
+        )
 
 
 class BuildExtensions(build_ext):
@@ -157,15 +193,39 @@ class BuildExtensions(build_ext):
         super().finalize_options()
         if self.parallel is None:
             self.parallel = os.cpu_count()
+        self.in_checkout = self.inplace  # setuptools changes its own while it builds
+        if self.in_checkout:  # where pip would have the objects, they are gone after the build
+            base = Path(self.get_finalized_command("build").build_base)
+            kind = f"{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_temp, self.build_lib = (
+                str(base / f"{part}.{kind}") for part in ("temp", "inplace")
+            )
+
+    def run(self):
+        self.started = time.time()
+        super().run()
+
+    def copy_extensions_to_source(self):
+        """Date the modules by the beginning of the build: a later source is not in them."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            os.utime(self.ext_path_in_source(ext), (self.started, self.started))
+
+    def ext_path_in_source(self, ext):
+        return self.get_ext_filename(self.get_ext_fullname(ext.name))
 
     def build_extensions(self):
         msvc = self.compiler.compiler_type == "msvc"
-        common = list(MSVC_FLAGS) if msvc else GCC_FLAGS + SPECIAL_FLAGS
+        refuse_what_breaks_the_bits(CFLAGS)
+        common = MSVC_FLAGS if msvc else OPTIMIZATION + CFLAGS + GCC_FLAGS + SPECIAL_FLAGS
         tuning = []  # of the kernels
-        for flags in [] if msvc or SANITIZE else GCC_TUNING:
+        for flags in [] if msvc or SANITIZE or DEBUG else GCC_TUNING:
             tuning += flags if builds(self.compiler, TRIVIAL_PROGRAM, flags) else []
-        if not SANITIZE and builds(self.compiler, GCC_PROGRAM, GCC_INLINING):
+        if not (SANITIZE or DEBUG) and builds(self.compiler, GCC_PROGRAM, GCC_INLINING):
             tuning += GCC_INLINING
+        linking = list(LINKED_FLAGS)
+        if not (self.in_checkout or SPECIAL) and builds(self.compiler, TRIVIAL_PROGRAM, [], STRIP):
+            linking += STRIP
         variants = choose_variants(
             self.compiler, self.plat_name, MSVC_VARIANTS if msvc else GCC_VARIANTS
         )
@@ -179,7 +239,7 @@ class BuildExtensions(build_ext):
             ext for ext in self.extensions if ext.name in kernels or KERNELS not in ext.name
         ]
         for ext in self.extensions:
-            configure(ext, common + kernels.get(ext.name, []), openmp, variants)
+            configure(ext, common + kernels.get(ext.name, []), linking, openmp, variants)
         self.translate()
         super().build_extensions()
 
@@ -219,35 +279,45 @@ def confine_line_numbers(path):
     path.write_text("\n".join(lines) + "\n")
 
 
-def extension(source, shared):
-    """Describe the module of one .pyx; its flags are added when the compiler is known."""
+def extension(source):
+    """Describe the module of one .pyx; its flags are added when the compiler is known.
+
+    What it includes and cimports is known to Cython, which writes its C again where that changed.
+    """
     name = ".".join(source.with_suffix("").parts)
-    depends = [path.as_posix() for path in shared]
-    return Extension(name, [source.as_posix()], depends=depends, include_dirs=[PACKAGE.as_posix()])
+    return Extension(
+        name, [source.as_posix()], depends=["setup.py"], include_dirs=[PACKAGE.as_posix()]
+    )
 
 
 def extensions():
     """Describe all modules: those of the package, and a variant of the kernels each."""
     variants = [PACKAGE / "kernels" / f"{name}.pyx" for name in VARIANTS]
-    rooms = [path for path in (PACKAGE / "kernels").glob("*.p*") if path not in variants]
-    shared = [*PACKAGE.glob("*.pxd"), *PACKAGE.glob("*.h"), *rooms]
     sources = [*variants, *sorted(PACKAGE.glob("*.pyx"))]  # what takes longest is begun first
-    cython_code = Extension(SHARED, [SHARED.replace(".", "/") + ".c"])
-    return [*(extension(source, shared) for source in sources), cython_code]
+    cython_code = Extension(SHARED, [SHARED.replace(".", "/") + ".c"], depends=["setup.py"])
+    return [*map(extension, sources), cython_code]
 
 
-# Processes that translate in parallel may import this file again.
-if __name__ == "__main__":
-    # One folder for each kind of build: the objects of one never pass for those of another.
+def kind_of_build():
+    """Name the folder of this kind of build: the objects of one never pass for those of another."""
     asked = {
         "serial": SERIAL,
+        "debug": DEBUG,
         f"sanitize-{SANITIZE}": SANITIZE,
         "boundscheck": BOUNDSCHECK,
         "coverage": COVERAGE,
     }
-    kind = "-".join(name for name in asked if asked[name]) or "default"
+    names = [name for name in asked if asked[name]] or ["default"]
+    compiler = [os.environ.get(name, "") for name in ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS")]
+    if any(compiler):
+        names.append(f"{zlib.crc32(repr(compiler).encode()):08x}")
+    return "-".join(names)
+
+
+# Processes that translate in parallel may import this file again.
+if __name__ == "__main__":
     setup(
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildExtensions},
-        options={"build": {"build_base": f"build/{kind}"}},
+        options={"build": {"build_base": f"build/{kind_of_build()}"}},
     )
