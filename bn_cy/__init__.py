@@ -1,7 +1,13 @@
 """Batch normalization for NumPy, in compiled loops."""
 
+import os
 from importlib import import_module
 from typing import Any
+
+if os.path.exists(os.path.join(__path__[0], "functional.pyx")):  # a checkout: no wheel has it
+    from bn_cy import _checkout
+
+    _checkout.prepare(__path__[0])
 
 from bn_cy import reference
 from bn_cy._config import show_config

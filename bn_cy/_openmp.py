@@ -19,11 +19,6 @@ def load() -> ModuleType:
         os.environ["GOMP_SPINCOUNT"] = SPINS
     try:
         return importlib.import_module("bn_cy._cpu")
-    except ModuleNotFoundError:
-        raise ImportError(
-            f"bn_cy is being imported from its source folder, {os.path.dirname(__file__)}, where "
-            "its compiled modules were not built: start Python in another folder, or install it"
-        ) from None
     finally:
         if not chosen:
             del os.environ["GOMP_SPINCOUNT"]

@@ -1,6 +1,5 @@
 """What every test shares: the check of what is under test, and seeded random numbers."""
 
-import importlib.util
 import json
 import os
 import secrets
@@ -8,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 import zlib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -112,20 +112,28 @@ def run(rng, tmp_path):
 
 
 def refuse_source_folder():
-    """Stop unless the bn_cy that tests import is one that pip installed."""
+    """Stop unless the bn_cy that tests import is one that pip installed, and not a stale one."""
     package = find_package()
     if package is None:
         raise pytest.UsageError('bn_cy is not installed: run pip install ".[test]" first')
     if package == CHECKOUT / "bn_cy" and not installed_editable():
         raise pytest.UsageError(
             f"the tests would import the source folder {package}, not the installed bn_cy: "
-            "run plain `pytest` (`python -m pytest` and PYTHONPATH put the checkout on sys.path)"
+            'remove its compiled modules, or make it the installed one by pip install -e ".[test]"'
         )
 
 
 def find_package():
-    spec = importlib.util.find_spec("bn_cy")
-    return Path(spec.origin).resolve().parent if spec and spec.origin else None
+    """Return the folder that `import bn_cy` finds: in the root of a checkout, not the first one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            import bn_cy
+    except ModuleNotFoundError:
+        return None
+    except (ImportError, RuntimeWarning) as error:
+        raise pytest.UsageError(str(error)) from None
+    return Path(bn_cy.__file__).resolve().parent
 
 
 def installed_editable():

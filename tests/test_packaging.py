@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import inspect
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,17 +80,6 @@ def test_import_is_light(tmp_path):
     heavy = {"jax", "matplotlib", "mpi4py", "scipy", "sklearn", "torch", "tqdm", "Cython"}
     assert not loaded & heavy
     assert not {"importlib.metadata", "bn_cy.graph"} & set(modules)
-
-
-def test_import_from_a_folder_that_was_not_built_says_so(tmp_path):
-    package = tmp_path / "bn_cy"
-    package.mkdir()
-    for source in Path(bn_cy.__file__).parent.glob("*.py"):
-        shutil.copy(source, package)
-    code = "try: import bn_cy\nexcept ImportError as error: print(type(error).__name__, error)"
-    words = run_python(code, tmp_path)
-    assert words[0] == "ImportError"
-    assert {"source", f"{package},", "built:"} <= set(words)
 
 
 @pytest.mark.parametrize(
