@@ -298,6 +298,14 @@ def extensions():
     return [*map(extension, sources), cython_code]
 
 
+def long_description():
+    """Return the README for a package index, where relative links lead nowhere: a link becomes its
+    text and its path, and a picture goes with its caption."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^]]*\]\((?!https?:).*?\n\n", "", text, flags=re.DOTALL)
+    return re.sub(r"\[([^]]*)\]\((?!https?:)([^)]*)\)", r"\1 (\2)", text)
+
+
 def kind_of_build():
     """Name the folder of this kind of build: the objects of one never pass for those of another."""
     asked = {
@@ -317,6 +325,8 @@ def kind_of_build():
 # Processes that translate in parallel may import this file again.
 if __name__ == "__main__":
     setup(
+        long_description=long_description(),
+        long_description_content_type="text/markdown",
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildExtensions},
         options={"build": {"build_base": f"build/{kind_of_build()}"}},

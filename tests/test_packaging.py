@@ -3,6 +3,8 @@
 import contextlib
 import importlib.metadata
 import inspect
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +33,12 @@ def test_version_is_that_of_the_distribution():
 def test_wheel_ships_the_typing_marker_and_declarations():
     shipped = {path.name for path in Path(bn_cy.__file__).parent.iterdir()}
     assert {"py.typed", "__init__.pxd"} <= shipped
+
+
+def test_description_has_no_link_that_leads_nowhere_on_a_package_index():
+    description = importlib.metadata.metadata("bn_cy")["Description"]
+    assert "BatchNorm(64)" in description
+    assert re.findall(r"\]\((?!https?:)|<img", description) == []
 
 
 @pytest.mark.parametrize("name", sorted(set(bn_cy.__all__) - {"__version__"}))
