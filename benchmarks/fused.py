@@ -117,7 +117,7 @@ def describe(records):
 
 
 def markdown(records):
-    """Return the README's table, of the largest number of threads."""
+    """Return the table of docs/performance.md, of the largest number of threads."""
     threads = max(r["threads"] for r in records)
     lines = ["| after the batch norm | | geometric mean | worst case |", "|---|---|---|---|"]
     for after, what, mean, worst, case in summary([r for r in records if r["threads"] == threads]):

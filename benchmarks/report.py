@@ -1,4 +1,4 @@
-"""The figures as text: one line a case, the summary, and the README's table."""
+"""The figures as text: one line a case, the summary, and the tables of docs/performance.md."""
 
 import math
 
@@ -151,7 +151,7 @@ def describe_summary(records):
 
 
 def markdown(results):
-    """Return the README's tables, of the largest number of threads in the results."""
+    """Return the tables of docs/performance.md, of the largest number of threads in the results."""
     records = results["cases"]
     threads = max(r["threads"] for r in records)
     records = [r for r in records if r["threads"] == threads]

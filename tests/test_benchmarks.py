@@ -248,6 +248,13 @@ def test_table_is_made_from_the_json(results, tmp_path, capsys):
     assert "| rows-9x9 | 1000 / 1000 | 12.0 | 12.0 | 12.0 | 12.0 |" in table
 
 
+@pytest.mark.parametrize("name", ["0.1.0", "0.1.0-fused"])
+def test_the_page_has_the_tables_of_the_results(name, capsys):
+    bench.main(["--table", str(BENCHMARKS / "results" / f"{name}.json")])
+    page = (BENCHMARKS.parent / "docs" / "performance.md").read_text("utf-8").splitlines()
+    assert [line for line in capsys.readouterr().out.splitlines() if line not in page] == []
+
+
 def test_plot_is_drawn(results, tmp_path):
     pytest.importorskip("matplotlib")
     bench.plot(results, tmp_path / "ratios.png")
