@@ -32,7 +32,7 @@ References
 ----------
 .. [1] S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
    Reducing Internal Covariate Shift", 2015, arXiv:1502.03167.
-.. [2] F. Kratzert, "Understanding the backward pass through Batch Normalization Layer", 2016.
+.. [2] Frederik Kratzert, "Understanding the backward pass through Batch Normalization Layer", 2016.
 .. [3] T. Salimans and D. P. Kingma, "Weight Normalization: A Simple Reparameterization to
    Accelerate Training of Deep Neural Networks", 2016, arXiv:1602.07868.
 """
