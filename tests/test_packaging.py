@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import inspect
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
