@@ -8,7 +8,12 @@ import numpy as np
 
 from bn_cy._layout import as_output, as_plain, axis_of
 
-__all__ = ["Kept"]
+__all__ = ["Kept", "kept_of"]
+
+
+def kept_of(x, axis, mask, lengths):
+    """Return which positions count, or None for all of them."""
+    return None if mask is None and lengths is None else Kept(x, axis, mask, lengths)
 
 
 class Kept:
@@ -48,6 +53,14 @@ class Kept:
         ones = (1,) * (len(self.shape) - 2)
         return np.moveaxis(rows.reshape(len(rows), *ones, self.shape[self.axis]), -1, self.axis)
 
+    def gathered(self, x, residual):
+        """Return the batch, no output, and the residual, as a forward takes them."""
+        return (
+            self.gather("x", x),
+            None,
+            None if residual is None else self.gather("residual", residual),
+        )
+
     def target(self, out):
         """Return where a result will be scattered to: `out`, if it fits, or a new array."""
         if out is None:
@@ -62,14 +75,14 @@ class Kept:
             raise ValueError("out must be writable, got a read-only array")
         return array
 
-    def scatter(self, rows, target):
-        """Write rows where they came from, and 0 elsewhere."""
+    def scatter(self, rows, target, out=None):
+        """Write rows where they came from, and 0 elsewhere; return `out`, whose memory it is."""
         target[...] = 0
         features = self.shape[self.axis]
         np.moveaxis(target, self.axis, -1)[self.mask] = np.moveaxis(rows, self.axis, -1).reshape(
             -1, features
         )
-        return target
+        return target if out is None else out
 
 
 def checked_mask(mask, positions):

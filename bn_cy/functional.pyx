@@ -234,12 +234,11 @@ def batchnorm_forward(
     if mask is not None or lengths is not None:
         kept = Kept(as_plain("x", x), axis, mask, lengths)
         target = kept.target(out)
+        x, _, residual = kept.gathered(x, residual)
         y, cache = batchnorm_forward(
-            kept.gather("x", x), gamma, beta, eps, axis=axis, relu=relu,
-            residual=None if residual is None else kept.gather("residual", residual))
+            x, gamma, beta, eps, axis=axis, relu=relu, residual=residual)
         cache._kept = kept
-        y = kept.scatter(y, target)
-        return y if out is None else out, cache
+        return kept.scatter(y, target, out), cache
     cache = measured_cache(x, axis)
     return run_forward(cache, x, gamma, beta, eps, out, relu, residual, True, NULL, True), cache
 
@@ -378,9 +377,8 @@ def batchnorm_backward(dout, Cache cache not None, *, out=None):
         return gradients(cache, dout, out)
     target = kept.target(out)
     dx, dgamma, dbeta, *dresidual = gradients(cache, kept.gather("dout", dout), None)
-    dx = kept.scatter(dx, target)
     return (
-        dx if out is None else out, dgamma, dbeta,
+        kept.scatter(dx, target, out), dgamma, dbeta,
         *[kept.scatter(d, kept.target(None)) for d in dresidual])
 
 

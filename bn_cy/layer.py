@@ -18,7 +18,7 @@ from bn_cy._attributes import (
 )
 from bn_cy._forks import give_lock
 from bn_cy._layout import as_float_dtype, as_index, as_plain, copy_all
-from bn_cy._masks import Kept
+from bn_cy._masks import kept_of
 
 __all__ = ["BatchNorm"]
 
@@ -221,34 +221,30 @@ class BatchNorm:
         if type(x) is not np.ndarray:
             x = as_plain("x", x)
         self._check_features(x)
-        if mask is None and lengths is None:
-            return self._normalize(x, out, residual, update)
-        kept = Kept(x, self._axis, mask, lengths)
-        target = kept.target(out)
-        if residual is not None:
-            residual = kept.gather("residual", residual)
-        y = self._normalize(kept.gather("x", x), None, residual, update)
-        self._cache._kept = kept
-        y = kept.scatter(y, target)
-        return y if out is None else out
+        kept = kept_of(x, self._axis, mask, lengths)
+        if kept is None:
+            y, cache = self._normalize(x, out, residual, update)
+        else:
+            target = kept.target(out)
+            y, cache = self._normalize(*kept.gathered(x, residual), update)
+            y = kept.scatter(y, target, out)
+            cache._kept = kept
+        self._cache, self._cached_mode = cache, self.training
+        return y
 
     __call__ = forward
 
     def _normalize(self, x, out, residual, update):
-        """Return what follows from all of a batch, and keep the cache."""
+        """Return what follows from all of a batch, and its cache."""
         gamma, beta = self._params.get("gamma"), self._params.get("beta")
         measured = not self._running or (self.training and not self._frozen)
         if measured and update and self._running:
-            y, cache, _ = self._track(x, gamma, beta, out, residual)
-        else:
-            given = {"axis": self._axis, "out": out, "relu": self.relu, "residual": residual}
-            if measured:
-                y, cache = functional.batchnorm_forward(x, gamma, beta, self._eps, **given)
-            else:
-                mean, var = self._running["running_mean"], self._running["running_var"]
-                y, cache = functional.frozen_forward(x, mean, var, gamma, beta, self._eps, **given)
-        self._cache, self._cached_mode = cache, self.training
-        return y
+            return self._track(x, gamma, beta, out, residual)[:2]
+        given = {"axis": self._axis, "out": out, "relu": self.relu, "residual": residual}
+        if measured:
+            return functional.batchnorm_forward(x, gamma, beta, self._eps, **given)
+        mean, var = self._running["running_mean"], self._running["running_var"]
+        return functional.frozen_forward(x, mean, var, gamma, beta, self._eps, **given)
 
     def backward(self, dout, *, out=None, cache=None):
         """Gradients of the last forward; those of the parameters go to `grads`.

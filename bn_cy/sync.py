@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bn_cy import functional
-from bn_cy._layout import as_plain, copy_all
+from bn_cy._layout import as_output, as_plain, copy_all
+from bn_cy._masks import Kept, kept_of
 from bn_cy._moments import Moments
 from bn_cy._ranks import Ranks
 from bn_cy.layer import BatchNorm
@@ -93,13 +94,13 @@ class SyncBatchNorm(BatchNorm):
     def comm(self, comm):
         self._ranks = Ranks(comm, self._num_features)
 
-    def forward(self, x, *, out=None, residual=None, update=True):
+    def forward(self, x, *, out=None, residual=None, update=True, mask=None, lengths=None):
         """Normalize this rank's part of a batch; in training, by the statistics of all ranks.
 
         Parameters
         ----------
-        x, out, residual, update
-            As in `BatchNorm.forward`.
+        x, out, residual, update, mask, lengths
+            As in `BatchNorm.forward`; `mask` and `lengths` are of this rank's part.
 
         Returns
         -------
@@ -114,10 +115,11 @@ class SyncBatchNorm(BatchNorm):
             In training, if the layer has no communicator.
         """
         if not self.training or self._frozen:
-            return super().forward(x, out=out, residual=residual, update=update)
+            given = {"out": out, "residual": residual, "update": update}
+            return super().forward(x, **given, mask=mask, lengths=lengths)
         part = failure = None
         try:
-            x, residual = self._fitting(x, out, residual)
+            x, kept, target, residual = self._fitting(x, out, residual, mask, lengths)
             part = functional.moments(x, axis=self._axis)
         except Exception as error:  # the other ranks wait: they are told
             failure = error
@@ -131,12 +133,11 @@ class SyncBatchNorm(BatchNorm):
         tracks = update and self.track_running_stats and count > 0
         if tracks and not finite and self._on_nonfinite == "raise":
             self._refuse_batch(var)
-        result = SyncCache.forward(self, x, Moments(count, mean, var), out, residual)
+        y, cache = SyncCache.forward(self, x, Moments(count, mean, var), target, residual, kept)
         if tracks and (finite or self._on_nonfinite == "update"):
             self._count(count, mean, var)
-        y, self._cache = result
-        self._cached_mode = True
-        return y
+        self._cache, self._cached_mode = cache, True
+        return y if out is None else out
 
     __call__ = forward
 
@@ -145,15 +146,16 @@ class SyncBatchNorm(BatchNorm):
             return super()._gradients(dout, cache, out)
         sums = failure = None
         try:
-            if out is not None:
-                check_target(out, cache.x)
+            target = cache.target(out)
             dout, *dresidual = cache.gate(dout)
             sums = cache.gradient_sums(dout)
         except Exception as error:
             failure = error
         whole = self._need_ranks().add(sums, failure)
         dbeta, dgamma = sums
-        return cache.input_gradient(dout, whole, out), dgamma, dbeta, *dresidual
+        dx = cache.input_gradient(dout, whole, target)
+        dresidual = [cache.whole(gradient, cache.target(None)) for gradient in dresidual]
+        return dx if out is None else out, dgamma, dbeta, *dresidual
 
     def _check_cache(self, cache):
         super()._check_cache(cache.local if isinstance(cache, SyncCache) else cache)
@@ -166,20 +168,22 @@ class SyncBatchNorm(BatchNorm):
             )
         return self._ranks
 
-    def _fitting(self, x, out, residual):
-        """Return x and the residual as arrays that fit, together with `out`.
+    def _fitting(self, x, out, residual, mask, lengths):
+        """Return what counts of x, its positions, what to write, and what counts of the residual.
 
         What `frozen_forward` would refuse is refused here, before other ranks have updated their
         running statistics.
         """
         x = as_plain("x", x)
         self._check_features(x)
-        if out is not None:
-            check_target(out, x)
         if residual is not None:
             residual = as_plain("residual", residual)
             check_like("residual", residual, x)
-        return x, residual
+        kept = kept_of(x, self._axis, mask, lengths)
+        if kept is None:
+            return x, None, checked_target(out, x), residual
+        rows, _, residual = kept.gathered(x, residual)
+        return rows, kept, kept.target(out), residual
 
     def _count(self, count, mean, var):
         """Take a batch into the running statistics, as the kernels do."""
@@ -215,15 +219,17 @@ def check_like(name, array, x):
         )
 
 
-def check_target(out, x):
-    """Refuse an `out` that cannot be written beside x."""
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
-    check_like("out", out, x)
-    if not out.flags.writeable:
+def checked_target(out, x):
+    """Return the memory of an `out`, which can be written beside x; None for none."""
+    if out is None:
+        return None
+    array = as_output(out)
+    check_like("out", array, x)
+    if not array.flags.writeable:
         raise ValueError("out must be writable, got a read-only array")
-    if np.shares_memory(out, x):
+    if np.shares_memory(array, x):
         raise ValueError("out may not share memory with x")
+    return array
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +239,7 @@ class SyncCache:
     Attributes
     ----------
     x : array
-        This rank's part of the batch.
+        This rank's part of the batch, or what counts of it.
     moments : Moments
         Those of the batch on all ranks.
     gamma, beta : array or None
@@ -242,6 +248,8 @@ class SyncCache:
         Those of the forward; whether there was a residual.
     local : Cache
         What `frozen_forward` left: it keeps the signs of y.
+    kept : Kept or None
+        Which positions count, with a mask.
     """
 
     x: np.ndarray
@@ -253,24 +261,42 @@ class SyncCache:
     relu: bool
     residual: bool
     local: functional.Cache
+    kept: Kept | None
 
     count = property(lambda cache: cache.moments.count, doc="Values per feature on all ranks.")
     mean = property(lambda cache: cache.moments.mean.copy(), doc="A copy of the means.")
     var = property(lambda cache: cache.moments.var.copy(), doc="A copy of the variances.")
 
     @classmethod
-    def forward(cls, layer, x, moments, out, residual):
+    def forward(cls, layer, x, moments, target, residual, kept):
         """Normalize x by the moments of all ranks; return y and the cache."""
         gamma, beta = (None if row is None else row.copy() for row in (layer.gamma, layer.beta))
-        options = {"axis": layer.axis, "relu": layer.relu}
+        then = {"axis": layer.axis, "relu": layer.relu}
+        out = target if kept is None else None
         y, local = functional.frozen_forward(
-            x, *moments[1:], gamma, beta, layer.eps, out=out, residual=residual, **options
+            x, *moments[1:], gamma, beta, layer.eps, out=out, residual=residual, **then
         )
         added = residual is not None
-        return y, cls(x, moments, gamma, beta, layer.eps, **options, residual=added, local=local)
+        cache = cls(
+            x, moments, gamma, beta, layer.eps, **then, residual=added, local=local, kept=kept
+        )
+        return cache.whole(y, target), cache
+
+    def whole(self, rows, target):
+        """Return a result of the shape of the batch: with a mask, 0 where nothing counts."""
+        return rows if self.kept is None else self.kept.scatter(rows, target)
+
+    def target(self, out):
+        """Return what a backward writes; None without a mask and an `out`."""
+        return checked_target(out, self.x) if self.kept is None else self.kept.target(out)
 
     def gate(self, dout):
-        """Return what of dout passes the ReLU behind a residual; twice, as it is dresidual, too."""
+        """Return what of dout counts, and passes the ReLU behind a residual.
+
+        Behind a residual it is returned twice: it is dresidual, too.
+        """
+        if self.kept is not None:
+            dout = self.kept.gather("dout", dout)
         if not self.residual:
             return (dout,)
         *_, dresidual = functional.batchnorm_backward(dout, self.local)
@@ -283,12 +309,14 @@ class SyncCache:
             dout, self.x, mean, var, self.eps, gamma=self.gamma, **self._then
         )
 
-    def input_gradient(self, dout, sums, out):
+    def input_gradient(self, dout, sums, target):
         """Return dx, given the sums over all ranks."""
         count, mean, var = self.moments
-        return functional.input_gradient(
+        out = target if self.kept is None else None
+        dx = functional.input_gradient(
             dout, self.x, mean, var, self.gamma, self.eps, *sums, count, out=out, **self._then
         )
+        return self.whole(dx, target)
 
     @property
     def _then(self):

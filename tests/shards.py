@@ -203,6 +203,30 @@ def given_outputs_and_caches(comm, seed):
         np.testing.assert_allclose(dx, expected[own], rtol=1e-12, atol=1e-12)
 
 
+def with_a_mask(comm, seed):
+    """What does not count is as if it were not there, on any rank; on one, nothing may count."""
+    rng = np.random.default_rng(seed)
+    for form, dtype in itertools.product(FORMS, LIMITS):
+        x, residual, dout, own = drawn(rng, comm, form, dtype)
+        axis = form[1]
+        mask = rng.random(np.delete(x.shape, axis)) < 0.5
+        rows = np.moveaxis(x, axis, -1)
+        rows[~mask] = np.nan
+        mine = np.moveaxis(np.broadcast_to(np.expand_dims(mask, axis), x.shape)[own], axis, -1)
+        layer = SyncBatchNorm(FEATURES, comm=comm, axis=axis, dtype=dtype, relu=True)
+        whole = BatchNorm(FEATURES, axis=axis, dtype=dtype, relu=True)
+        randomize(rng, layer, whole)
+        expected = [whole(x, residual=residual, mask=mask), *whole.backward(dout)]
+        out = np.empty_like(x[own])
+        y = layer(x[own], residual=residual[own], mask=mine[..., 0], out=out)
+        assert y is out
+        for found, of_all in zip([y, *layer.backward(dout[own])], expected, strict=True):
+            scale = exact.norm(of_all)
+            assert error(found, np.longdouble(of_all[own]), scale) <= 2 * LIMITS[dtype]
+            assert not np.moveaxis(found, axis, -1)[~mine].any()
+        assert_alike(comm, layer)
+
+
 # What is counted
 
 
@@ -298,15 +322,16 @@ def wrong_forwards(x):
     yield (x,), {"out": narrow}, ValueError, r"out must have the shape \(4, 5\)"
     yield (x,), {"out": other}, ValueError, r"out must have .* dtype float32 of x, got .* float64"
     yield (x,), {"out": x}, ValueError, "out may not share memory with x"
-    yield (x,), {"out": x.tolist()}, TypeError, "out must be a NumPy array, got list"
+    yield (x,), {"out": x.tolist()}, TypeError, "out must be an array, got list"
     yield (x,), {"out": read_only(x)}, ValueError, "out must be writable"
     yield (x,), {"residual": narrow}, ValueError, r"residual must have the shape \(4, 5\)"
     yield (x,), {"residual": other}, ValueError, "residual must have"
+    yield (x,), {"mask": np.ones(3, bool)}, ValueError, r"mask must have the shape \(4,\)"
 
 
 def wrong_backwards(dout):
     yield (dout[:, 1:],), {}, ValueError, r"dout must have the shape \(4, 5\)"
-    yield (dout.astype(np.float64),), {}, ValueError, "dout must have"
+    yield (dout.astype(np.int64),), {}, TypeError, "dout must be of float32 or float64"
     yield (None,), {}, TypeError, "dout must be an array"
     yield (dout,), {"out": dout[1:]}, ValueError, "out must have the shape"
 
@@ -385,6 +410,7 @@ PROGRAMS = [
     one_value_on_all_ranks_together,
     an_empty_batch,
     given_outputs_and_caches,
+    with_a_mask,
     what_is_not_finite,
     modes,
     copies_and_pickles,
