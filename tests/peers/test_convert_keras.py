@@ -16,8 +16,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what Keras imports
     keras = pytest.importorskip("keras")
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning")  # Keras's own
-
 LAYOUTS = [((9, 6), -1), ((4, 5, 3, 6), -1), ((4, 6, 5, 3), 1)]
 
 
