@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 
-TIMEOUT = 60  # seconds after which a rank that waits for others has been left alone
+TIMEOUT = 120  # seconds after which a rank that waits for others has been left alone
 
 
 class ThreadComm:

@@ -270,13 +270,13 @@ def modes(comm, seed):
     layer(x)
     plain.load_state_dict(layer.state_dict())
     if comm.Get_rank() == 0:  # the others do nothing
-        for prepare in (lambda one: one.eval(), lambda one: one.train().freeze()):
+        for prepare in (lambda one: one.freeze(), lambda one: one.unfreeze().eval()):
             prepare(layer)
             prepare(plain)
             np.testing.assert_array_equal(layer(x), plain(x))
             np.testing.assert_array_equal(layer.backward(dout), plain.backward(dout))
             assert_same(state(layer), state(plain))
-        layer.unfreeze()
+        layer.train()
         free = {"track_running_stats": False}
         bare = SyncBatchNorm(FEATURES, comm=comm, **free).eval()
         np.testing.assert_array_equal(bare(x), BatchNorm(FEATURES, **free)(x))

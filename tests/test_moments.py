@@ -1,5 +1,6 @@
 """Moments of parts against those of the whole, in exact fractions and 80-bit arithmetic."""
 
+import doctest
 import itertools
 import tracemalloc
 from fractions import Fraction
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from exact import error
 
-from bn_cy import Moments, moments
+from bn_cy import Moments, _moments, moments
 
 DTYPES = [np.float32, np.float64]
 
@@ -168,6 +169,12 @@ def test_what_is_not_finite_stays_in_its_feature(rng, bad):
 
 
 # What comes with it
+
+
+def test_the_examples_in_the_docstrings():
+    failed, attempted = doctest.testmod(_moments)
+    assert attempted > 3
+    assert not failed
 
 
 def test_a_result_does_not_share_memory(rng):

@@ -1,12 +1,14 @@
 """`recalibrate` against the statistics of the whole data set in 80-bit arithmetic."""
 
+import doctest
+
 import exact
 import numpy as np
 import pytest
 from exact import error
 from test_layer import assert_same_state, snapshot, trained
 
-from bn_cy import BatchNorm, recalibrate
+from bn_cy import BatchNorm, _recalibrate, recalibrate
 
 SIZES = [16, 16, 0, 1, 16, 3]
 
@@ -78,6 +80,12 @@ def test_eval_is_then_training_on_the_whole_data_set(rng):
     layer = BatchNorm(5, unbiased=False)
     recalibrate(layer, parts)
     assert error(layer.eval()(x), exact.forward(x)) <= 2e-7
+
+
+def test_the_example_in_the_docstring():
+    failed, attempted = doctest.testmod(_recalibrate)
+    assert attempted > 3
+    assert not failed
 
 
 # What is not finite
