@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("mpi4py")
 PROGRAM = Path(__file__).with_name("program.py")
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_distributed.py"
 TIMEOUT = 120
 
 
@@ -62,3 +63,65 @@ def test_processes_have_the_bits_of_threads(rng):
 
     seed = int(rng.integers(2**32))
     assert run(2, PROGRAM, seed)[1:] == on_threads(2, shards.digest, seed)
+
+
+# examples/train_distributed.py
+
+
+@pytest.fixture
+def example():
+    for module in ("matplotlib", "sklearn", "tqdm"):
+        pytest.importorskip(module)
+    return EXAMPLE
+
+
+def test_the_example_prints_a_table_and_draws(example, tmp_path):
+    picture = tmp_path / "picture.png"
+    words = run(3, example, "--steps", 3, "--seeds", 1, "--quiet", "--output", picture)
+    table = " ".join(words)
+    for name, images in [("local", 4), ("ghost", 8), ("synchronized", 12)]:
+        assert table.count(f"{name} {images} ") == 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_with_synchronized_statistics_the_example_trains_as_one_rank_does(example, tmp_path):
+    """The network of three ranks is, to rounding, that of one with all of the images."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""\
+import sys
+sys.path.insert(0, {str(example.parent)!r})
+import numpy as np
+import train_digits as digits
+import train_distributed as distributed
+from mlp import SGD, SoftmaxCrossEntropy
+from mpi4py import MPI
+
+def trained(comm, x, labels):
+    network = distributed.build_network(1, comm)
+    optimizer = SGD(network, 0.1)
+    for _ in range(4):
+        distributed.train_step(network, SoftmaxCrossEntropy(), optimizer, comm, x, labels)
+    return [parameter for layer in network.layers for parameter in layer.params.values()]
+
+comm = MPI.COMM_WORLD
+x, _, labels, _ = digits.load_data()
+whole = np.arange(4 * comm.Get_size())
+own = distributed.own_part(whole, labels, comm, True)
+parts = trained(comm, x[own], labels[own])
+expected = trained(MPI.COMM_SELF, x[whole], labels[whole])
+assert len(parts) == len(expected) == 11
+for part, one in zip(parts, expected):
+    np.testing.assert_allclose(part, one, rtol=0, atol=1e-5 * np.abs(one).max())
+if comm.Get_rank() == 0:
+    print("done")
+""")
+    assert run(3, program) == ["done"]
+
+
+def test_bad_arguments_of_the_example_are_said_once(example):
+    arguments = [sys.executable, str(example), "--steps", "0"]
+    done = subprocess.run(
+        [mpiexec(), "-n", "2", *arguments], capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("--steps: expected a whole number") == 1
