@@ -6,11 +6,11 @@ those of the bare call followed by the addition and the maximum, forward and bac
 
 import numpy as np
 import pytest
-from digests import CASES
 from exact import LAYOUTS, parameters
 
 import bn_cy
 from bn_cy import functional, reference
+from bn_cy._digests import CASES
 
 DTYPES = [np.float32, np.float64]
 # Rows, runs and images that end within a byte, and blocks that begin there.

@@ -1,15 +1,15 @@
 """The same bits for any number of threads, memory, layout and output, on every code path.
 
-`digests.py` and `test_threads.py` hold them over the instruction sets; here one process compares
-the bits of everything that a training step and an evaluation leave behind.
+`bn_cy._digests` and `test_threads.py` hold them over the instruction sets; here one process
+compares the bits of everything that a training step and an evaluation leave behind.
 """
 
 import numpy as np
 import pytest
-from digests import CASES, digest
 from exact import LAYOUTS, parameters
 
 from bn_cy import BatchNorm, functional, moments, normalize, set_num_threads
+from bn_cy._digests import CASES, digest
 
 DTYPES = [np.float32, np.float64]
 

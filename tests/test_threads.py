@@ -7,7 +7,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import digests
 import exact
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from builds import optimized
 
 from bn_cy import (
     BatchNorm,
+    _digests,
     _dispatch,
     batchnorm_backward,
     batchnorm_forward,
@@ -56,10 +56,9 @@ def threads():
 
 
 def digests_of(python, seed, variant):
-    """Return the lines of digests.py for 1 to 16 threads, as computed by a variant."""
+    """Return the lines of `_digests` for 1 to 16 threads, as computed by a variant."""
     environment = {} if variant == "plain" else {"BN_CY_ISA": variant}
-    script = Path(digests.__file__)
-    result = python(script, seed, 1, 2, 3, 7, 16, 1, **environment)
+    result = python("-m", "bn_cy._digests", seed, 1, 2, 3, 7, 16, 1, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
@@ -69,7 +68,7 @@ def test_every_variant_has_the_committed_digests(python, variant):
     """Those of every variant, number of threads, compiler and processor that ever ran this."""
     if variant not in _dispatch.SUPPORTED:
         pytest.skip(f"the variant {variant} was built, and is not run on this processor")
-    assert digests_of(python, 0, variant) == digests.COMMITTED.read_text().splitlines()
+    assert digests_of(python, 0, variant) == _digests.committed()
 
 
 def test_same_bits_for_every_variant_and_number_of_threads(rng, python):
@@ -77,7 +76,7 @@ def test_same_bits_for_every_variant_and_number_of_threads(rng, python):
     seed = int(rng.integers(1, 2**20))
     first, *others = _dispatch.SUPPORTED
     expected = digests_of(python, seed, first)
-    assert len(expected) == 2 * len(digests.CASES) + 2  # else threads differ
+    assert len(expected) == 2 * len(_digests.CASES) + 2  # else threads differ
     for variant in others:
         assert digests_of(python, seed, variant) == expected, f"seed {seed}"
 

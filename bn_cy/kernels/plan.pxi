@@ -26,7 +26,7 @@
 # rows; a Piece is what is walked at a time, rows of one sheet within a block and a cell. Blocks and
 # threads have no say in the order of any sum. Cells have, and so depend on the shape alone.
 
-cdef enum:  # They set the order of sums: whoever changes one changes bits, and tests/digests.txt.
+cdef enum:  # They set the order of sums: whoever changes one changes bits, and bn_cy/digests.txt.
     # Rows that are added up in the data's type before they go to double: so few roundings are
     # within the accuracy contract, and so many streams are prefetched.
     GROUP = 8

@@ -8,15 +8,10 @@ are given, so every result is given to them once more. Errors within Python, Num
 are their own. Valgrind has no AVX-512, hence v3.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 
 import bn_cy
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-import digests
+from bn_cy import _digests
 
 
 def read(array):
@@ -26,7 +21,7 @@ def read(array):
 
 def step(layer, x, dout, residual):
     """Read what a forward and a backward write, and what they leave in the layer."""
-    results = digests.step(layer, x, dout, residual)
+    results = _digests.step(layer, x, dout, residual)
     for array in (*results, layer.running_mean, layer.running_var):
         read(array)
 
@@ -45,14 +40,14 @@ def check(shape, axis, dtype, numbers):
 
 
 def main():
-    numbers = digests.Integers(0)
+    numbers = _digests.Integers(0)
     bn_cy.set_num_threads(2)
     for streamed in (1 << 40, 0):  # bytes from which results are written past the cache
         bn_cy.functional._stream_from(streamed)
-        for shape, axis in digests.CASES:
+        for shape, axis in _digests.CASES:
             for dtype in (np.float32, np.float64):
                 check(shape, axis, dtype, numbers)
-    print(f"{len(digests.CASES)} shapes, through the cache and past it")
+    print(f"{len(_digests.CASES)} shapes, through the cache and past it")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,11 @@ in a build and an environment as `.ci/run` makes them. The sanitizer ends it wit
 where two threads met at an address, of which one wrote, and neither waited for the other.
 """
 
-import sys
-from pathlib import Path
-
 import bn_cy
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-import digests
+from bn_cy import _digests
 
 assert "-fsanitize=thread" in bn_cy.show_config(mode="dicts")["flags"]
-expected = digests.COMMITTED.read_text().splitlines()
+expected = _digests.committed()
 for threads in (1, 2, 3, 7):
-    assert list(digests.lines_of(0, threads)) == expected, f"other bits with {threads} threads"
+    assert list(_digests.lines_of(0, threads)) == expected, f"other bits with {threads} threads"
 print(f"{len(expected)} lines of digests with 1 to 7 threads")

@@ -1,25 +1,30 @@
 """Digests of everything the kernels compute; `digests.txt` beside this file holds those of seed 0.
 
-    python digests.py SEED THREADS [THREADS ...]
-    python digests.py 0 1 > digests.txt
+    python -m bn_cy._digests SEED THREADS [THREADS ...]
+    python -m bn_cy._digests 0 1 > digests.txt
 
 The lines are the same for every number of threads, instruction set, compiler and processor: each of
 them is a witness for the others. Inputs are made of integers, so that they do not depend on the
 version of NumPy. One process computes with one instruction set, so the test of the same bits runs
-this file once for each.
+this module once for each.
 """
 
 import hashlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import bn_cy
 
-COMMITTED = Path(__file__).with_name("digests.txt")
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+DType = type[np.float32] | type[np.float64]
 
-CASES = [
+CASES: list[tuple[Shape, int]] = [  # and the feature axis
     ((5000, 37), 1),
     ((4097, 1), 1),
     ((3, 130), 1),
@@ -51,10 +56,10 @@ WALKED = 1 << 19  # values of one, at the most
 class Integers:
     """Random numbers that are the same everywhere: splitmix64, a counter that is hashed."""
 
-    def __init__(self, seed):
+    def __init__(self, seed: int):
         self.count = seed << 40
 
-    def bits(self, size):
+    def bits(self, size: int) -> Array:
         """Return uniform integers of 64 bits."""
         z = np.arange(self.count, self.count + size, dtype=np.uint64)
         self.count += size
@@ -63,14 +68,20 @@ class Integers:
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
 
-    def bell(self, shape):
+    def bell(self, shape: int | Shape) -> Array:
         """Return sums of four uniform numbers of 22 bits, scaled to a variance of about 1."""
         size = int(np.prod(shape))
         uniform = (self.bits(4 * size) >> np.uint64(42)).astype(np.float64) / 2**22
-        return (np.sum(uniform.reshape(4, size), axis=0) - 2).reshape(shape) * 1.75
+        bell: Array = (np.sum(uniform.reshape(4, size), axis=0) - 2).reshape(shape) * 1.75
+        return bell
 
 
-def digest(*arrays):
+def committed() -> list[str]:
+    """Return the lines that every build has with seed 0."""
+    return Path(__file__).with_name("digests.txt").read_text().splitlines()
+
+
+def digest(*arrays: Array) -> str:
     """Return a short hash of the bits of the arrays."""
     state = hashlib.sha256()
     for array in arrays:
@@ -78,27 +89,32 @@ def digest(*arrays):
     return state.hexdigest()[:16]
 
 
-def step(layer, x, dout, residual=None):
+def step(
+    layer: bn_cy.BatchNorm, x: Array, dout: Array, residual: Array | None = None
+) -> tuple[Any, ...]:
     """Return the arrays that a forward and a backward leave."""
     y, gradients = layer(x, residual=residual), layer.backward(dout)
     return y, *(gradients if residual is not None else [gradients]), layer.dgamma, layer.dbeta
 
 
-def digests_of_case(seed, shape, axis, dtype):
-    """Return the digests of a training step, an evaluation, the separate pieces, a training step on
-    features that are constant or hold an outlier, and so are summed again, and of both steps with a
-    ReLU, with a residual, and with both."""
+def digests_of_case(seed: int, shape: Shape, axis: int, dtype: DType) -> tuple[str, ...]:
+    """Return the digests of all that is computed of a case.
+
+    These are a training step, an evaluation, the separate pieces, a training step on features that
+    are constant or hold an outlier, and so are summed again, and both steps with a ReLU, with a
+    residual, and with both.
+    """
     numbers = Integers(seed)
     # Far enough from zero that no order of summation gives the exact sums by luck.
     x = (3 + numbers.bell(shape)).astype(dtype)
     dout = numbers.bell(shape).astype(dtype)
-    layer = bn_cy.BatchNorm(shape[axis], axis=axis, dtype=dtype)
+    layer: Any = bn_cy.BatchNorm(shape[axis], axis=axis, dtype=dtype)
     layer.gamma[:] = 1 + numbers.bell(shape[axis]) / 4
     trained = digest(*step(layer, x, dout), layer.running_mean, layer.running_var)
     frozen = digest(*step(layer.eval(), x, dout))
     _, mean, var = bn_cy.moments(x, axis=axis)
     pieces = digest(mean, var, *bn_cy.gradient_sums(dout, x, mean, var, axis=axis))
-    followed = []
+    followed: list[Array] = []
     residual = numbers.bell(shape).astype(dtype)
     for relu, added in ((True, None), (False, residual), (True, residual)):
         layer.relu = relu
@@ -112,9 +128,9 @@ def digests_of_case(seed, shape, axis, dtype):
     return trained, frozen, pieces, rescued, digest(*followed)
 
 
-def walked_shapes(numbers):
+def walked_shapes(numbers: Integers) -> list[Shape]:
     """Return shapes about powers of two, where the order of the sums often changes."""
-    shapes = [(WALKED // 16, 16, 1)]  # whose merged rows would have 4 KB
+    shapes: list[Shape] = [(WALKED // 16, 16, 1)]  # whose merged rows would have 4 KB
     while len(shapes) < WALKS:
         powers = 1 << (numbers.bits(3) >> np.uint64(60))
         steps = np.array([-1, 0, 0, 1])[numbers.bits(3) % np.uint64(4)]
@@ -124,12 +140,12 @@ def walked_shapes(numbers):
     return shapes
 
 
-def digest_of_walks(seed, dtype):
+def digest_of_walks(seed: int, dtype: DType) -> str:
     """Return the digest of the sums of many shapes, some of whose features hold an outlier."""
     numbers = Integers(seed)
     x, dout = (3 + numbers.bell((2, WALKED))).astype(dtype)
     x[::4001] *= 100
-    sums = []
+    sums: list[Array] = []
     for shape in walked_shapes(numbers):
         values, upstream = (a[: np.prod(shape)].reshape(shape) for a in (x, dout))
         _, mean, var = bn_cy.moments(values)
@@ -137,7 +153,7 @@ def digest_of_walks(seed, dtype):
     return digest(*sums)
 
 
-def lines_of(seed, threads):
+def lines_of(seed: int, threads: int) -> Iterator[str]:
     """Yield a line of digests for every case and dtype, computed by so many threads."""
     bn_cy.set_num_threads(threads)
     for dtype in (np.float32, np.float64):
@@ -148,7 +164,7 @@ def lines_of(seed, threads):
             yield "\t".join([name, *digests_of_case(seed, shape, axis, dtype)])
 
 
-def main(seed, *thread_counts):
+def main(seed: int, *thread_counts: int) -> None:
     """Print the lines; those of another number of threads only where they differ."""
     expected = list(lines_of(seed, thread_counts[0]))
     print(*expected, sep="\n")
