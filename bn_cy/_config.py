@@ -2,6 +2,7 @@
 
 from bn_cy import _dispatch, _threads
 from bn_cy._openmp import cpu
+from bn_cy._version import __version__
 
 __all__ = ["show_config"]
 
@@ -17,9 +18,13 @@ def show_config(mode="stdout"):
     Returns
     -------
     dict or None
-        With mode "dicts": ``variant``, the instruction-set variant in use; ``supported``, those
-        that were built and that the processor runs; ``openmp``, whether the build has it;
-        ``threads``, how many the next call may use; ``flags``, what the C compiler was told.
+        With mode "dicts": ``version`` of the package; ``numpy``, ``python`` and ``platform`` that
+        it runs with; ``compiler`` and ``flags``, who compiled the kernels and what it was told;
+        ``variant``, the instruction-set variant in use; ``built``, those that were built;
+        ``supported``, those of them that the processor runs; ``levels``, the x86-64 levels that it
+        offers; ``openmp``, whether the build has it; ``runtime``, the path of the OpenMP runtime,
+        None if there is none or the system does not tell; ``threads``, how many the next call may
+        use.
 
     Raises
     ------
@@ -29,16 +34,10 @@ def show_config(mode="stdout"):
     Examples
     --------
     >>> import bn_cy
-    >>> sorted(bn_cy.show_config(mode="dicts"))
-    ['flags', 'openmp', 'supported', 'threads', 'variant']
+    >>> bn_cy.show_config(mode="dicts")["version"] == bn_cy.__version__
+    True
     """
-    config = {
-        "variant": _dispatch.VARIANT,
-        "supported": _dispatch.SUPPORTED,
-        "openmp": cpu.OPENMP,
-        "threads": _threads.get_num_threads(),
-        "flags": _dispatch.FLAGS,
-    }
+    config = _describe()
     if mode == "dicts":
         return config
     if mode != "stdout":
@@ -46,3 +45,25 @@ def show_config(mode="stdout"):
     for name, value in config.items():
         print(f"{name:10} {value}")
     return None
+
+
+def _describe():
+    import platform  # not for those who only import the package
+
+    import numpy as np
+
+    return {
+        "version": __version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "compiler": cpu.COMPILER,
+        "flags": _dispatch.FLAGS,
+        "variant": _dispatch.VARIANT,
+        "built": cpu.BUILT,
+        "supported": _dispatch.SUPPORTED,
+        "levels": cpu.supported_levels(),
+        "openmp": cpu.OPENMP,
+        "runtime": cpu.openmp_runtime(),
+        "threads": _threads.get_num_threads(),
+    }

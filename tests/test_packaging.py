@@ -3,12 +3,15 @@
 import contextlib
 import importlib.metadata
 import inspect
+import os
+import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import conftest
+import numpy as np
 import pytest
 
 import bn_cy
@@ -31,7 +34,7 @@ def test_version_is_that_of_the_distribution():
 
 def test_wheel_ships_the_typing_marker_and_declarations():
     shipped = {path.name for path in Path(bn_cy.__file__).parent.iterdir()}
-    assert {"py.typed", "__init__.pxd"} <= shipped
+    assert {"py.typed", "__init__.pxd", "bn_cy.h", "capi.pxd", "digests.txt"} <= shipped
 
 
 def test_description_has_no_link_that_leads_nowhere_on_a_package_index():
@@ -51,6 +54,20 @@ def test_configuration_has_every_fact():
     assert isinstance(config["openmp"], bool)
     assert config["threads"] == bn_cy.get_num_threads()
     assert config["flags"]
+    assert config["version"] == bn_cy.__version__
+    assert config["numpy"] == np.__version__
+    assert config["python"] == platform.python_version()
+    assert config["platform"] == platform.platform()
+    assert set(config["supported"]) == set(config["built"]) & {*config["levels"], "plain"}
+    assert config["compiler"].split()[0] in {"GCC", "Clang", "Apple", "Debian", "Ubuntu", "MSVC"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_configuration_names_the_runtime_that_is_loaded():
+    loaded = {os.path.realpath(word) for word in Path("/proc/self/maps").read_text().split()}
+    config = bn_cy.show_config(mode="dicts")
+    assert (config["runtime"] is not None) == config["openmp"]
+    assert not config["openmp"] or os.path.realpath(config["runtime"]) in loaded
 
 
 def test_configuration_is_printed(capsys):
