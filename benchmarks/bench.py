@@ -1,7 +1,9 @@
 """Time bn_cy against other libraries and against the memory bus of this machine.
 
 Every library runs in a process of its own, in turn, several rounds; times are medians. Its
-result is checked against a float64 reference before it is timed.
+result is checked against a float64 reference before it is timed. Without options a few cases are
+timed, in about two minutes; `--cases all` times all. Libraries that are not installed are left out;
+`pip install ".[peers]"` brings them. Ctrl-C ends the run: what is done is printed and written.
 """
 
 import argparse
@@ -10,19 +12,24 @@ import json
 import os
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-import cases
-import checks
-import fused
-import machine
-import measure
-import report
-import train
-from peers import LAYER, OURS, PEERS
-from plot import plot
-from tqdm import tqdm
-from worker import Absent, WrongResult
+NEEDS = 'bench.py needs {}: pip install ".[bench]"'  # in the root of the checkout
+try:
+    import cases
+    import checks
+    import fused
+    import machine
+    import measure
+    import report
+    import train
+    from peers import LAYER, OURS, PEERS
+    from plot import plot
+    from tqdm import tqdm
+    from worker import Absent, WrongResult
+except ModuleNotFoundError as error:
+    sys.exit(NEEDS.format(error.name))
 
 STREAMING_CASES = [cases.Case("rows", (256 * 4**k, 1024)) for k in range(5)]  # 1 to 256 MB
 
@@ -55,8 +62,8 @@ def parse(arguments):
     parser.add_argument(
         "--cases",
         type=_cases,
-        help="mlp, cnn, axis0, all, or names such as rows-256x512, nchw-32x64x56x56; "
-        "comma-separated (default: all, or none with --train or --checks)",
+        help="few, mlp, cnn, axis0, all, or names such as rows-256x512, nchw-32x64x56x56; "
+        "comma-separated (default: few, or none with --train or --checks)",
     )
     parser.add_argument(
         "--peers",
@@ -80,13 +87,13 @@ def parse(arguments):
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random data (default: 0)")
     parser.add_argument("--json", type=_output, metavar="FILE", help="write all results")
-    parser.add_argument("--plot", type=_output, metavar="FILE.png", help="draw the ratios")
+    parser.add_argument("--plot", type=_picture, metavar="FILE.png", help="draw the ratios")
     parser.add_argument(
         "--table", type=Path, metavar="FILE.json", help="print results as Markdown, run nothing"
     )
     options = parser.parse_args(arguments)
     if options.cases is None:
-        options.cases = [] if options.train or options.checks else cases.ALL
+        options.cases = [] if options.train or options.checks else cases.FEW
     if options.seed < 0:
         parser.error("argument --seed: expected 0 or more")
     return options
@@ -122,6 +129,12 @@ def _output(text):
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
     return path
+
+
+def _picture(text):
+    if find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError(NEEDS.format("matplotlib"))
+    return _output(text)
 
 
 def load_results(path):
@@ -167,6 +180,8 @@ def run(options, results):
             bar.update()
 
         bar.write(report.describe_run(results))
+        if options.cases == cases.FEW:
+            bar.write(report.describe_choice(of_cases, len(cases.ALL)))
         for threads in options.threads if options.cases else ():
             if options.fused:
                 results["fused"] += fused.run(
@@ -232,4 +247,7 @@ def finish(options, results):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # a second one, or one before there was anything to tell
+        sys.exit(130)

@@ -73,7 +73,7 @@ def parse_case(name):
     known = known and after in ("", *FOLLOWED)
     if not known or min(shape) < 1 or len(shape) != (4 if layout in GROUPS["cnn"] else 2):
         raise ValueError(
-            f"unknown case {name!r}: expected all, {', '.join(GROUPS)}, or a layout "
+            f"unknown case {name!r}: expected few, all, {', '.join(GROUPS)}, or a layout "
             "(rows, axis0, nchw, nhwc) and a shape, such as rows-256x512 or nchw-32x64x56x56"
         )
     case = Case(layout, shape, dtype or "float32", after)
@@ -122,12 +122,25 @@ AXIS0 = [Case("axis0", shape) for shape in [(100, 60), (64, 4096), (512, 256), (
 
 ALL = MLP + CNN + AXIS0
 
+# One or two of each kind, in and past the cache: with all peers, about two minutes.
+FEW = [
+    Case("rows", (32, 64)),
+    Case("rows", (256, 512)),
+    Case("rows", (4096, 256)),
+    Case("nchw", (32, 64, 56, 56)),
+    Case("nchw", (32, 256, 14, 14)),
+    Case("nhwc", (32, 28, 28, 128)),
+    Case("axis0", (512, 256)),
+]
+
 
 def select(words):
     """Return the cases that a comma-separated list of groups and names stands for."""
     chosen = []
     for word in words.split(","):
-        if word == "all" or word in GROUPS:
+        if word == "few":
+            chosen += FEW
+        elif word == "all" or word in GROUPS:
             chosen += [case for case in ALL if word in ("all", case.group)]
         else:
             chosen.append(parse_case(word))

@@ -18,6 +18,21 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_PROC_BIND")
 
 
+@contextlib.contextmanager
+def interrupts_held():
+    """Let Ctrl-C wait; a process that is started here never gets it."""
+    waiting = []
+    handler = signal.signal(signal.SIGINT, lambda *_: waiting.append(True))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a child inherits
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if waiting:
+        raise KeyboardInterrupt
+
+
 class Worker:
     """The caller's handle of a library in a process of its own, stopped unless asked."""
 
@@ -26,16 +41,17 @@ class Worker:
         unwanted = (*THREAD_VARIABLES, *WAIT_VARIABLES)
         environment = {k: v for k, v in os.environ.items() if k not in unwanted}
         environment.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
-        self._process = subprocess.Popen(
-            [sys.executable, worker.__file__, name, str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
         try:
+            with interrupts_held():  # until there is a process to end
+                self._process = subprocess.Popen(
+                    [sys.executable, worker.__file__, name, str(threads)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=environment,
+                )
             self._answer()
-        except Exception:
+        except BaseException:  # Ctrl-C, too
             self.close()
             raise
 

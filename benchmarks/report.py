@@ -72,6 +72,12 @@ def describe_run(results):
     return "\n".join(lines)
 
 
+def describe_choice(chosen, known):
+    """Return what a run without options does: seven cases of its kind take two minutes."""
+    minutes = round(2 * chosen / 7)
+    return f"{chosen} cases, about {minutes} minutes; --cases all times all {known}"
+
+
 def _size(nbytes):
     return f"{nbytes / 2**20:.3g} MB" if nbytes else "unknown"
 

@@ -112,8 +112,7 @@ def _load(case, folder):
 
 
 def serve(name, threads):
-    # A process group of its own: Ctrl-C reaches the caller alone, and the system wakes and
-    # ends a stopped worker whose caller has died.
+    # A process group of its own: the system wakes and ends a stopped worker whose caller has died.
     os.setpgrp()
     # Answers go where stdout went; whatever a library prints goes to stderr.
     answers = os.fdopen(os.dup(1), "w")

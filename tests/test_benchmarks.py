@@ -3,8 +3,11 @@
 import ast
 import graphlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +70,9 @@ def test_groups_partition_the_cases():
     groups = [case for group in cases.GROUPS for case in cases.select(group)]
     assert sorted(case.name for case in groups) == sorted(case.name for case in cases.ALL)
     assert cases.select("all") == cases.ALL
+    assert cases.select("few") == cases.FEW
+    assert {case.layout for case in cases.FEW} == {case.layout for case in cases.ALL}
+    assert set(cases.FEW) < set(cases.ALL)
     assert cases.select("rows-32x64,mlp")[:2] == [Case("rows", (32, 64)), Case("rows", (64, 128))]
 
 
@@ -320,3 +326,51 @@ def test_the_command_times_what_follows(tmp_path):
     assert all(max(r["errors"]["bn_cy, then NumPy"].values()) <= 1e-6 for r in records)
     assert "rows-8x3+add+relu, 1" in output
     bench.main(["--table", str(tmp_path / "results.json")])
+
+
+def started(folder, *arguments, **environment):
+    """Start the command as a terminal does, whose Ctrl-C reaches the whole group."""
+    return subprocess.Popen(
+        [sys.executable, BENCHMARKS / "bench.py", *arguments],
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_run_without_options_is_short_and_says_so(tmp_path):
+    process = started(tmp_path, "--peers", "numpy")
+    try:
+        lines = [process.stdout.readline() for _ in range(5)]
+        assert any("7 cases, about 2 minutes; --cases all times all 40" in line for line in lines)
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.3, 1, 3])
+def test_an_interrupt_ends_the_run_in_one_line(seconds, tmp_path):
+    process = started(tmp_path, "--cases", "few", "--threads", "1", "--json", "results.json")
+    process.stdout.readline()  # the machine: the run has begun
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err == "interrupted: what follows is what was done\n"
+    assert "cases" in json.loads((tmp_path / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"), [("tqdm", []), ("matplotlib", ["--plot", "x.png"])]
+)
+def test_a_missing_extra_is_named_in_one_line(module, arguments, tmp_path):
+    code = f"import sys; sys.modules[{module!r}] = None; sys.path.insert(0, {str(BENCHMARKS)!r})"
+    code += f"; import bench; bench.main({arguments})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].endswith(f'bench.py needs {module}: pip install ".[bench]"')
