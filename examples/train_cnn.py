@@ -25,7 +25,7 @@ try:
 
     from bn_cy import BatchNorm
 except ModuleNotFoundError as error:
-    sys.exit(f'train_cnn.py needs {error.name}: pip install "bn_cy[examples]"')
+    sys.exit(f'train_cnn.py needs {error.name}: pip install ".[examples]"')
 
 from train_digits import (
     COLOURS,

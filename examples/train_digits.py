@@ -29,7 +29,7 @@ try:
 
     from bn_cy import BatchNorm
 except ModuleNotFoundError as error:
-    sys.exit(f'train_digits.py needs {error.name}: pip install "bn_cy[examples]"')
+    sys.exit(f'train_digits.py needs {error.name}: pip install ".[examples]"')
 
 CLASSES = 10
 TRAIN_SIZE = 1347  # three quarters of the 1797 images

@@ -29,7 +29,7 @@ try:
 
     from bn_cy import BatchNorm, batchnorm_backward, batchnorm_forward
 except ModuleNotFoundError as error:
-    sys.exit(f'why_it_works.py needs {error.name}: pip install "bn_cy[examples]"')
+    sys.exit(f'why_it_works.py needs {error.name}: pip install ".[examples]"')
 
 from train_digits import (
     CLASSES,

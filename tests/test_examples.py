@@ -320,4 +320,4 @@ def test_missing_extra_is_named_in_one_line(tmp_path):
         timeout=60,
     )
     assert done.returncode == 1
-    assert done.stderr == 'train_digits.py needs matplotlib: pip install "bn_cy[examples]"\n'
+    assert done.stderr == 'train_digits.py needs matplotlib: pip install ".[examples]"\n'

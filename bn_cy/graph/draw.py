@@ -35,7 +35,7 @@ def draw(trace: "Trace", ax: "Axes | None" = None) -> "Axes":
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'Trace.draw needs {error.name}: pip install "bn_cy[graph]"', name=error.name
+            f"Trace.draw needs {error.name}: pip install matplotlib", name=error.name
         ) from error
     if ax is None:
         ax = plt.subplots(figsize=(13, 5.5), layout="constrained")[1]
