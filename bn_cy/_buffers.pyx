@@ -9,7 +9,6 @@ that were given back last, which have a quarter of the memory at the most.
 
 import contextlib
 import os
-from pathlib import Path
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
@@ -33,7 +32,7 @@ cdef enum:
     BLOCKS = 16              # free ones, at the most: what the layers of a step give back
 
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS = "/sys/fs/cgroup"
 
 
 @cython.freelist(8)
@@ -95,8 +94,8 @@ def memory_limit(folder=CGROUPS):
     """Return how many bytes this process may have: those of the machine, or of a container."""
     limit = memory_of_machine()
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2, and 1
-        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit: "max"
-            limit = min(limit, int((folder / name).read_text()))
+        with contextlib.suppress(OSError, ValueError), open(f"{folder}/{name}") as file:
+            limit = min(limit, int(file.read()))  # no such file, or no limit: "max"
     return limit
 
 
