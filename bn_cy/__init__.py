@@ -53,7 +53,8 @@ __all__ = [
     "show_config",
 ]
 
-_ON_DEMAND = ("capi", "convert", "cs231n", "graph")  # what only some need: it slows an import
+# What only some need, and what would slow every import.
+_ON_DEMAND = ("capi", "convert", "cs231n", "graph", "torch")
 
 
 def __getattr__(name: str) -> Any:
