@@ -18,7 +18,10 @@ import bn_cy
 DOCS = CHECKOUT / "docs"
 PAGES = [CHECKOUT / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NEIGHBOURS = {"autograd", "jax", "keras", "mpi4py", "onnx", "onnxruntime", "tensorflow", "torch"}
+NEIGHBOURS = {
+    *("autograd", "dask", "jax", "keras", "mpi4py", "onnx", "onnxruntime", "safetensors"),
+    *("tensorflow", "torch"),
+}
 MODULES = {module.name for module in pkgutil.iter_modules(bn_cy.__path__) if not module.ispkg}
 LINK = re.compile(r"!?\[[^]]*\]\(([^)\s]+)\)|href=\"([^\"]+)\"")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
