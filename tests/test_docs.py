@@ -19,8 +19,17 @@ DOCS = CHECKOUT / "docs"
 PAGES = [CHECKOUT / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEIGHBOURS = {
-    *("autograd", "dask", "jax", "keras", "mpi4py", "onnx", "onnxruntime", "safetensors"),
-    *("tensorflow", "torch"),
+    "autograd",
+    "dask",
+    "flax",
+    "jax",
+    "keras",
+    "mpi4py",
+    "onnx",
+    "onnxruntime",
+    "safetensors",
+    "tensorflow",
+    "torch",
 }
 MODULES = {module.name for module in pkgutil.iter_modules(bn_cy.__path__) if not module.ispkg}
 LINK = re.compile(r"!?\[[^]]*\]\(([^)\s]+)\)|href=\"([^\"]+)\"")
@@ -48,14 +57,12 @@ def code_of(source):
 
 
 def neighbours_of(source):
-    """Return which of NEIGHBOURS a block imports."""
+    """Return which of NEIGHBOURS a block imports: `import torch`, `from bn_cy import torch`."""
     names = set()
     for node in ast.walk(ast.parse(code_of(source))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.partition(".")[0])
-            names |= {"torch"} if node.module == "bn_cy.torch" else set()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            path = getattr(node, "module", None) or ""
+            names.update(path.split("."), *(alias.name.split(".") for alias in node.names))
     return names & NEIGHBOURS
 
 
