@@ -1115,7 +1115,7 @@ def check_gradient(
     Raises
     ------
     ValueError
-        dx has not x's shape, or dout has not y's.
+        dx does not have x's shape, or dout not y's.
 
     Notes
     -----
