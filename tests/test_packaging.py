@@ -106,6 +106,13 @@ def test_import_is_light(tmp_path):
     assert not {"importlib.metadata", "bn_cy.graph"} & set(modules)
 
 
+def test_import_adds_no_pathlib_to_what_numpy_imports(tmp_path):
+    code = "import sys, numpy; old = {*sys.modules}; import bn_cy; print(*{*sys.modules} - old)"
+    added = set(run_python(code, tmp_path))
+    assert "bn_cy.layer" in added
+    assert not {"pathlib", "urllib.parse"} & added  # half the time of an import
+
+
 @pytest.mark.parametrize(
     ("place", "refused"),
     [("bn_cy", True), (".venv/lib/python3/site-packages/bn_cy", False)],
