@@ -106,8 +106,8 @@ def digests_of_case(seed: int, shape: Shape, axis: int, dtype: DType) -> tuple[s
     """
     numbers = Integers(seed)
     # Far enough from zero that no order of summation gives the exact sums by luck.
-    x = (3 + numbers.bell(shape)).astype(dtype)
-    dout = numbers.bell(shape).astype(dtype)
+    x: Array = (3 + numbers.bell(shape)).astype(dtype)
+    dout: Array = numbers.bell(shape).astype(dtype)
     layer: Any = bn_cy.BatchNorm(shape[axis], axis=axis, dtype=dtype)
     layer.gamma[:] = 1 + numbers.bell(shape[axis]) / 4
     trained = digest(*step(layer, x, dout), layer.running_mean, layer.running_var)
