@@ -33,7 +33,7 @@ def prepare(folder: str) -> None:
     if spec is None or spec.origin is None or spec.loader is None:
         raise ImportError(
             f"bn_cy is imported from its source folder, {folder}, where its compiled modules were "
-            f"not built, and it is not installed: run `{INSTALL}` in {os.path.dirname(folder)}"
+            f"not built, and none is installed: run `{INSTALL}` in {os.path.dirname(folder)}"
         )
     _warn_if_stale(folder, (".py", *TO_COMPILE), os.path.dirname(spec.origin), INSTALL)
     package = importlib.util.module_from_spec(spec)

@@ -17,6 +17,7 @@ import bn_cy
 
 PACKAGE = Path(bn_cy.__file__).parent
 NOW = time.time()
+EDITABLE = (PACKAGE / "functional.pyx").exists()  # nothing to find for another checkout
 
 
 @pytest.fixture
@@ -60,6 +61,7 @@ def imported(folder):
     return [Path(word).parent for word in done.stdout.split()]
 
 
+@pytest.mark.skipif(EDITABLE, reason="the package is not installed by itself")
 def test_in_the_root_of_a_checkout_the_installed_package_is_imported(checkout, tmp_path):
     root = checkout(built=False)
     date(root.rglob("*.*"), 0)  # older than what is installed
@@ -90,6 +92,8 @@ def test_a_checkout_without_anything_built_or_installed_says_what_to_do(checkout
     ],
 )
 def test_a_source_that_is_newer_than_what_was_built_is_a_warning(checkout, built, source, command):
+    if EDITABLE and not built:
+        pytest.skip("the package is not installed by itself")
     root = checkout(built=built)
     date([root / "bn_cy" / source], NOW + 60)
     done = start(root, "import bn_cy")
@@ -107,5 +111,4 @@ def test_python_that_was_changed_in_a_built_checkout_needs_no_build(checkout):
 
 def test_an_installed_package_looks_for_no_sources(tmp_path):
     done = start(tmp_path, "import sys, bn_cy; print('bn_cy._checkout' in sys.modules)")
-    in_checkout = (PACKAGE / "functional.pyx").exists()
-    assert done.stdout.split() == [str(in_checkout)]
+    assert done.stdout.split() == [str(EDITABLE)]
