@@ -1,6 +1,7 @@
 """`SyncBatchNorm` on processes, under mpiexec."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -63,6 +64,15 @@ def test_processes_have_the_bits_of_threads(rng):
 
     seed = int(rng.integers(2**32))
     assert run(2, PROGRAM, seed)[1:] == on_threads(2, shards.digest, seed)
+
+
+def test_the_page_runs_on_two_ranks(tmp_path):
+    page = (PROGRAM.parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert any("SyncBatchNorm" in block for block in blocks)
+    program = tmp_path / "page.py"
+    program.write_text("\n".join(blocks))
+    run(2, program)
 
 
 # examples/train_distributed.py
