@@ -56,8 +56,9 @@ class SyncBatchNorm(BatchNorm):
     Notes
     -----
     A forward and a backward in training are collective: all ranks call them, for the same layers in
-    the same order, from one thread. Each exchanges 2C + 1 float64 numbers of a rank, C being the
-    number of features, by an Alltoall and an Allgather, whatever the number of ranks.
+    the same order, from one thread. Each is an all-reduce of 2C float64 numbers, C being the number
+    of features, and a count, by an Alltoall and an Allgather: what a rank sends does not grow with
+    the number of ranks, but for the count.
 
     Where a rank cannot go on, all ranks raise its error, with the number of the first such rank,
     and no layer has changed: a wrong number of features or dtype, an `out`, `residual` or `dout` of

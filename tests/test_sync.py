@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import shards
-from ranks import on_threads
+from thread_comm import on_threads
 
 from bn_cy import BatchNorm, SyncBatchNorm
 

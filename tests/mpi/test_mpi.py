@@ -60,7 +60,7 @@ def test_a_run_repeats_bit_for_bit(rng):
 
 def test_processes_have_the_bits_of_threads(rng):
     import shards
-    from ranks import on_threads
+    from thread_comm import on_threads
 
     seed = int(rng.integers(2**32))
     assert run(2, PROGRAM, seed)[1:] == on_threads(2, shards.digest, seed)
