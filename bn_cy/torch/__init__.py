@@ -16,8 +16,17 @@ except ModuleNotFoundError as error:
         f'bn_cy.torch needs {error.name}: pip install "bn_cy[torch]"', name=error.name
     ) from error
 
+from bn_cy.torch.distributed import SyncBatchNorm
 from bn_cy.torch.exchange import replace
 from bn_cy.torch.functional import batch_norm
 from bn_cy.torch.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "replace"]
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "SyncBatchNorm",
+    "batch_norm",
+    "replace",
+]

@@ -146,24 +146,30 @@ def check(
     training: bool,
     eps: float,
 ) -> None:
-    """Refuse what PyTorch refuses, and what is no float on the CPU; bn_cy's functions do the rest.
-
-    A meta tensor has a shape alone, and the operator's result has, too.
-    """
-    if input.dtype not in FLOATS:
-        raise TypeError(f"input must be of torch.float32 or torch.float64, got {input.dtype}")
-    if not (input.is_cpu or input.is_meta):
-        raise ValueError(f"input must be on the CPU, got {input.device}")
+    """Refuse what PyTorch refuses and what the kernels cannot take; bn_cy looks at the shapes."""
+    check_floats(input)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be given, or both be None")
-    if not training:
-        if running_mean is None:
-            raise ValueError("running_mean and running_var must be given where training is False")
-        if not eps >= 0:
-            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    elif not eps > 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    elif input.dim() > 1 and input.numel() == input.size(1) > 0:
+    if running_mean is None and not training:
+        raise ValueError("running_mean and running_var must be given where training is False")
+    if training and input.dim() > 1 and input.numel() == input.size(1) > 0:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.size()}"
         )
+    check_eps(eps, training)
+
+
+def check_floats(input: Tensor) -> None:
+    """Refuse what the kernels cannot take."""
+    if input.dtype not in FLOATS:
+        raise TypeError(f"input must be of torch.float32 or torch.float64, got {input.dtype}")
+    if not (input.is_cpu or input.is_meta):  # a meta tensor is a shape alone, as is its result
+        raise ValueError(f"input must be on the CPU, got {input.device}")
+
+
+def check_eps(eps: float, training: bool) -> None:
+    """Refuse what PyTorch refuses."""
+    if training and not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")

@@ -63,12 +63,22 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         momentum = self.momentum
         if momentum is None:
             momentum = 0.0 if tracked is None else 1.0 / (float(tracked) + 1.0)
-        y = batch_norm(
-            input, running_mean, running_var, self.weight, self.bias, measured, momentum, self.eps
-        )
+        y = self._batch_norm(input, running_mean, running_var, measured, momentum)
         if tracked is not None:
             tracked.add_(1)
         return y
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+    ) -> Tensor:
+        return batch_norm(
+            input, running_mean, running_var, self.weight, self.bias, training, momentum, self.eps
+        )
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Leave the dimensions to `batch_norm`, which takes two or more."""

@@ -97,13 +97,14 @@ def test_steps_and_state_are_those_of_pytorch(rng, cls, shape, options):
         assert_same_state(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("training", [True, False])
-def test_results_have_the_bits_of_the_layer(rng, training):
-    module = bn_cy.torch.BatchNorm(64).train(training)
-    layer = bn_cy.BatchNorm(64)
+def test_results_have_the_bits_of_the_layer(rng, training, dtype):
+    module = bn_cy.torch.BatchNorm(64, dtype=dtype).train(training)
+    layer = bn_cy.BatchNorm(64, dtype=str(dtype).removeprefix("torch."))
     layer.load_state_dict(module.state_dict())
     layer.train(training)
-    x, dout = batch(rng, (50, 64, 7))
+    x, dout = (1000 + tensor.to(dtype) for tensor in batch(rng, (50, 64, 7)))
     y, dx, dgamma, dbeta = step(module, x, dout)
     assert np.array_equal(y, layer(x.numpy()))
     assert np.array_equal(dx, layer.backward(dout.numpy()))
