@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 import bn_cy
 from bn_cy.torch._arrays import array_of, update_running
@@ -90,6 +91,7 @@ class SyncBatchNorm(BatchNorm):
             return super()._batch_norm(input, running_mean, running_var, training, momentum)
         return self._across(input, running_mean, running_var, momentum)
 
+    @_disable_dynamo  # torch.compiler.disable, which would import the compiler here
     def _across(
         self,
         input: Tensor,
@@ -121,10 +123,6 @@ class SyncBatchNorm(BatchNorm):
             update_running(running_mean, running_var, batch, momentum)
         arguments = (input, self.weight, self.bias, batch, self.eps, group)
         return Synchronized.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
-
-
-# What torch.compiler.disable would do, whose import takes as long as that of torch.
-SyncBatchNorm._across._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class Synchronized(torch.autograd.Function):
