@@ -1,25 +1,17 @@
 """`SyncBatchNorm`: batch normalization of a batch that is spread over processes.
 
-Training statistics are those of all ranks together. A rank measures its part (`moments`), the parts
-are pooled, and every rank normalizes by the result; in the backward the same happens to the two
-sums (`gradient_sums`), between the pass that makes them and the one that needs them
-(`input_gradient`). What is exchanged between ranks is in `_ranks`.
+Training statistics are those of all ranks together. What a rank does with its part of the batch is
+in `_parts`; what is exchanged between ranks is in `_ranks`.
 """
 
-from dataclasses import dataclass
-
-import numpy as np
-
 from bn_cy import functional
-from bn_cy._layout import as_output, as_plain, copy_all
-from bn_cy._masks import Kept, kept_of
-from bn_cy._moments import Moments
+from bn_cy._layout import as_plain
+from bn_cy._masks import kept_of
+from bn_cy._parts import PartCache, check_like, checked_target, count_batches, is_counted
 from bn_cy._ranks import Ranks
 from bn_cy.layer import BatchNorm
 
 __all__ = ["SyncBatchNorm"]
-
-MOST_TRACKED = 2**63 - 1
 
 
 class SyncBatchNorm(BatchNorm):
@@ -124,26 +116,23 @@ class SyncBatchNorm(BatchNorm):
             part = functional.moments(x, axis=self._axis)
         except Exception as error:  # the other ranks wait: they are told
             failure = error
-        count, mean, var = self._need_ranks().pool_moments(part, failure)
-        if count == 1:
+        whole = self._need_ranks().pool_moments(part, failure)
+        if whole.count == 1:
             raise ValueError(
                 "x must have two values per feature or more on all ranks together to have a "
                 "variance, got one"
             )
-        finite = np.isfinite(var).all()
-        tracks = update and self.track_running_stats and count > 0
-        if tracks and not finite and self._on_nonfinite == "raise":
-            self._refuse_batch(var)
-        y, cache = SyncCache.forward(self, x, Moments(count, mean, var), target, residual, kept)
-        if tracks and (finite or self._on_nonfinite == "update"):
-            self._count(count, mean, var)
+        counted = is_counted(self, whole, update)
+        y, cache = PartCache.forward(self, x, whole, target, residual, kept)
+        if counted:
+            count_batches(self, [whole])
         self._cache, self._cached_mode = cache, True
         return y if out is None else out
 
     __call__ = forward
 
     def _gradients(self, dout, cache, out):
-        if not isinstance(cache, SyncCache):
+        if not isinstance(cache, PartCache):
             return super()._gradients(dout, cache, out)
         sums = failure = None
         try:
@@ -159,7 +148,7 @@ class SyncBatchNorm(BatchNorm):
         return dx if out is None else out, dgamma, dbeta, *dresidual
 
     def _check_cache(self, cache):
-        super()._check_cache(cache.local if isinstance(cache, SyncCache) else cache)
+        super()._check_cache(cache.local if isinstance(cache, PartCache) else cache)
 
     def _need_ranks(self):
         if self._ranks is None:
@@ -185,142 +174,3 @@ class SyncBatchNorm(BatchNorm):
             return x, None, checked_target(out, x), residual
         rows, _, residual = kept.gathered(x, residual)
         return rows, kept, kept.target(out), residual
-
-    def _count(self, count, mean, var):
-        """Take a batch into the running statistics, as the kernels do."""
-        if self.unbiased:
-            var = var * (count / (count - 1))
-        with self._lock:
-            tracked = self.num_batches_tracked + 1
-            weight = 1 / tracked if self._momentum is None else self._momentum
-            new = [
-                averaged(self.running_mean, mean, weight),
-                averaged(self.running_var, var, weight),
-                np.array(min(tracked, MOST_TRACKED), np.int64),
-            ]
-            copy_all(new, [self.running_mean, self.running_var, self._tracked])
-
-
-def averaged(running, batch, weight):
-    """Return a running statistic after a batch; its twin is `average` in kernels/moments.pxi."""
-    if weight == 0:
-        return running.copy()
-    if weight == 1:
-        return batch.copy()
-    with np.errstate(invalid="ignore"):
-        return running + weight * (batch - running)
-
-
-def check_like(name, array, x):
-    """Refuse an array of another shape or dtype than x."""
-    if array.shape != x.shape or array.dtype.char != x.dtype.char:
-        raise ValueError(
-            f"{name} must have the shape {x.shape} and dtype {x.dtype} of x, "
-            f"got {array.shape} and {array.dtype}"
-        )
-
-
-def checked_target(out, x):
-    """Return the memory of an `out`, which can be written beside x; None for none."""
-    if out is None:
-        return None
-    array = as_output(out)
-    check_like("out", array, x)
-    if not array.flags.writeable:
-        raise ValueError("out must be writable, got a read-only array")
-    if np.shares_memory(array, x):
-        raise ValueError("out may not share memory with x")
-    return array
-
-
-@dataclass(frozen=True, eq=False)
-class SyncCache:
-    """What a forward over ranks leaves for its backward: x by reference, and O(features) numbers.
-
-    Attributes
-    ----------
-    x : array
-        This rank's part of the batch, or what counts of it.
-    moments : Moments
-        Those of the batch on all ranks.
-    gamma, beta : array or None
-        Copies of the parameters.
-    eps, axis, relu, residual
-        Those of the forward; whether there was a residual.
-    local : Cache
-        What `frozen_forward` left: it keeps the signs of y.
-    kept : Kept or None
-        Which positions count, with a mask.
-    """
-
-    x: np.ndarray
-    moments: Moments
-    gamma: np.ndarray | None
-    beta: np.ndarray | None
-    eps: float
-    axis: int
-    relu: bool
-    residual: bool
-    local: functional.Cache
-    kept: Kept | None
-
-    count = property(lambda cache: cache.moments.count, doc="Values per feature on all ranks.")
-    mean = property(lambda cache: cache.moments.mean.copy(), doc="A copy of the means.")
-    var = property(lambda cache: cache.moments.var.copy(), doc="A copy of the variances.")
-
-    @classmethod
-    def forward(cls, layer, x, moments, target, residual, kept):
-        """Normalize x by the moments of all ranks; return y and the cache."""
-        gamma, beta = (None if row is None else row.copy() for row in (layer.gamma, layer.beta))
-        then = {"axis": layer.axis, "relu": layer.relu}
-        out = target if kept is None else None
-        y, local = functional.frozen_forward(
-            x, *moments[1:], gamma, beta, layer.eps, out=out, residual=residual, **then
-        )
-        added = residual is not None
-        cache = cls(
-            x, moments, gamma, beta, layer.eps, **then, residual=added, local=local, kept=kept
-        )
-        return cache.whole(y, target), cache
-
-    def whole(self, rows, target):
-        """Return a result of the shape of the batch: with a mask, 0 where nothing counts."""
-        return rows if self.kept is None else self.kept.scatter(rows, target)
-
-    def target(self, out):
-        """Return what a backward writes; None without a mask and an `out`."""
-        return checked_target(out, self.x) if self.kept is None else self.kept.target(out)
-
-    def gate(self, dout):
-        """Return what of dout counts, and passes the ReLU behind a residual.
-
-        Behind a residual it is returned twice: it is dresidual, too.
-        """
-        if self.kept is not None:
-            dout = self.kept.gather("dout", dout)
-        if not self.residual:
-            return (dout,)
-        *_, dresidual = functional.batchnorm_backward(dout, self.local)
-        return dresidual, dresidual
-
-    def gradient_sums(self, dout):
-        """Return sum(dout) and sum(dout*xhat) over this rank's part."""
-        mean, var = self.moments[1:]
-        return functional.gradient_sums(
-            dout, self.x, mean, var, self.eps, gamma=self.gamma, **self._then
-        )
-
-    def input_gradient(self, dout, sums, target):
-        """Return dx, given the sums over all ranks."""
-        count, mean, var = self.moments
-        out = target if self.kept is None else None
-        dx = functional.input_gradient(
-            dout, self.x, mean, var, self.gamma, self.eps, *sums, count, out=out, **self._then
-        )
-        return self.whole(dx, target)
-
-    @property
-    def _then(self):
-        """What follows, for the verbs; behind a residual `gate` has seen to the ReLU."""
-        relu = self.relu and not self.residual
-        return {"axis": self.axis, "relu": relu, "beta": self.beta}
