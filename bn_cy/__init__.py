@@ -11,6 +11,7 @@ if os.path.exists(os.path.join(__path__[0], "functional.pyx")):  # a checkout: n
 
 from bn_cy import reference
 from bn_cy._config import show_config
+from bn_cy._micro_batch import MicroBatch
 from bn_cy._recalibrate import recalibrate
 from bn_cy._threads import get_num_threads, set_num_threads
 from bn_cy._version import __version__
@@ -33,6 +34,7 @@ from bn_cy.sync import SyncBatchNorm
 __all__ = [
     "BatchNorm",
     "Cache",
+    "MicroBatch",
     "Moments",
     "SyncBatchNorm",
     "__version__",

@@ -237,11 +237,10 @@ class BatchNorm:
     def _normalize(self, x, out, residual, update):
         """Return what follows from all of a batch, and its cache."""
         gamma, beta = self._params.get("gamma"), self._params.get("beta")
-        measured = not self._running or (self.training and not self._frozen)
-        if measured and update and self._running:
+        if self._measures and update and self._running:
             return self._track(x, gamma, beta, out, residual)[:2]
         given = {"axis": self._axis, "out": out, "relu": self.relu, "residual": residual}
-        if measured:
+        if self._measures:
             return functional.batchnorm_forward(x, gamma, beta, self._eps, **given)
         mean, var = self._running["running_mean"], self._running["running_var"]
         return functional.frozen_forward(x, mean, var, gamma, beta, self._eps, **given)
@@ -283,11 +282,7 @@ class BatchNorm:
             self._check_cache(cache)
         dx, dgamma, dbeta, *dresidual = self._gradients(dout, cache, out)
         result = (dx, *dresidual) if dresidual else dx
-        found = {"gamma": dgamma, "beta": dbeta}
-        for name in self._params:
-            found[name] = found[name].astype(self._dtype, copy=False)
-        for name in self._params:  # now that no memory can be lacking: all change or none
-            self.grads[name] = found[name]
+        self._keep_gradients(dgamma, dbeta)
         if own:
             self._cache = None
         return result
@@ -474,6 +469,11 @@ class BatchNorm:
             f"on_nonfinite={self._on_nonfinite!r}){'.freeze()' if self._frozen else ''}{mode}"
         )
 
+    @property
+    def _measures(self):
+        """Whether a forward normalizes by the statistics of its batch."""
+        return not self._running or (self.training and not self._frozen)
+
     def _check_features(self, x):
         shape = x.shape
         try:
@@ -532,6 +532,13 @@ class BatchNorm:
     def _gradients(self, dout, cache, out):
         """Return what `batchnorm_backward` does; the one step of a backward that looks at data."""
         return functional.batchnorm_backward(dout, cache, out=out)
+
+    def _keep_gradients(self, dgamma, dbeta):
+        found = {"gamma": dgamma, "beta": dbeta}
+        for name in self._params:
+            found[name] = found[name].astype(self._dtype, copy=False)
+        for name in self._params:  # now that no memory can be lacking: all change or none
+            self.grads[name] = found[name]
 
     def _check_cache(self, cache):
         if not isinstance(cache, functional.Cache):
