@@ -4,7 +4,7 @@ import operator
 
 import numpy as np
 
-from bn_cy import functional
+from bn_cy import _calls
 from bn_cy._layout import as_index, as_number, as_real, copy_all
 
 POLICIES = ("raise", "skip", "update")  # for a batch with NaN or infinity
@@ -79,7 +79,7 @@ def fitted(name, value, current):
     if name.startswith("running_"):
         check_finite(name, array)
     if name == "running_var":
-        functional._check_variance(name, array)
+        _calls.check_variance(name, array)
     return array
 
 
@@ -99,7 +99,7 @@ def places(features):
 
 def checked_eps(eps):
     """Return an eps as a float."""
-    return functional._checked_eps(eps)
+    return _calls.checked_eps(eps)
 
 
 def checked_axis(axis):

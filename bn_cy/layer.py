@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bn_cy import functional
+from bn_cy import _calls, functional
 from bn_cy._attributes import (
     Arrays,
     checked,
@@ -18,7 +18,7 @@ from bn_cy._attributes import (
 )
 from bn_cy._forks import give_lock
 from bn_cy._layout import as_float_dtype, as_index, as_plain, copy_all
-from bn_cy._masks import kept_of
+from bn_cy._masks import Kept
 
 __all__ = ["BatchNorm"]
 
@@ -221,10 +221,10 @@ class BatchNorm:
         if type(x) is not np.ndarray:
             x = as_plain("x", x)
         self._check_features(x)
-        kept = kept_of(x, self._axis, mask, lengths)
-        if kept is None:
+        if mask is None and lengths is None:
             y, cache = self._normalize(x, out, residual, update)
         else:
+            kept = Kept(x, self._axis, mask, lengths)
             target = kept.target(out)
             y, cache = self._normalize(*kept.gathered(x, residual), update)
             y = kept.scatter(y, target, out)
@@ -237,10 +237,11 @@ class BatchNorm:
     def _normalize(self, x, out, residual, update):
         """Return what follows from all of a batch, and its cache."""
         gamma, beta = self._params.get("gamma"), self._params.get("beta")
-        if self._measures and update and self._running:
-            return self._track(x, gamma, beta, out, residual)[:2]
+        measures = self._measures
+        if measures and update and self._running:
+            return self._track(x, gamma, beta, out, residual)
         given = {"axis": self._axis, "out": out, "relu": self.relu, "residual": residual}
-        if self._measures:
+        if measures:
             return functional.batchnorm_forward(x, gamma, beta, self._eps, **given)
         mean, var = self._running["running_mean"], self._running["running_var"]
         return functional.frozen_forward(x, mean, var, gamma, beta, self._eps, **given)
@@ -498,7 +499,7 @@ class BatchNorm:
         if residual is not None:  # nobody else's code runs under the lock
             residual = as_plain("residual", residual)
         with self._lock:
-            result = functional._training_forward(
+            result = _calls.training_forward(
                 x,
                 mean,
                 var,
@@ -514,10 +515,10 @@ class BatchNorm:
                 self.relu,
                 residual,
             )
-        _, cache, counted = result
+        y, cache, counted = result
         if not counted and not cache.empty and self._on_nonfinite == "raise":
             self._refuse_batch(cache.var)
-        return result
+        return y, cache
 
     def _refuse_batch(self, var):
         """Raise the error of a batch whose variance is not finite."""

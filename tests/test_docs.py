@@ -2,7 +2,8 @@
 
 A block of Python runs after those above it on its page, in one namespace; a block with prompts must
 print what stands there. A block that imports a library of NEIGHBOURS runs where that is installed.
-A block that begins with "# reference." quotes a source: test_derivation.py looks it up.
+A block that begins with "# reference." quotes a source: test_derivation.py looks it up. One that
+begins with "# setup.py" is a file: test_capi.py runs it.
 """
 
 import ast
@@ -41,7 +42,7 @@ def blocks_of(page):
     """Yield (number of the line before, source) for every block that is to run."""
     text = page.read_text("utf-8")
     for match in BLOCK.finditer(text):
-        if not match[1].startswith("# reference."):
+        if not match[1].startswith(("# reference.", "# setup.py")):
             yield text[: match.start(1)].count("\n"), match[1]
 
 
