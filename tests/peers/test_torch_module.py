@@ -5,8 +5,10 @@ run, too.
 """
 
 import copy
+import doctest
 import io
 import pickle
+import sys
 import weakref
 
 import exact
@@ -17,8 +19,8 @@ from exact import error
 import bn_cy
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("expecttest")  # which the tests of PyTorch import
 
+# These import expecttest, which PyTorch's own tests want.
 from torch.testing import assert_close  # noqa: E402
 from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
 from torch.testing._internal.common_modules import module_db  # noqa: E402
@@ -219,7 +221,7 @@ def test_a_second_derivative_is_refused_by_name(rng):
 
 
 def test_a_second_derivative_through_x_alone_is_refused_too(rng):
-    ours = bn_cy.torch.BatchNorm(6)
+    ours = bn_cy.torch.BatchNorm(6, affine=False)
     x, dout = batch(rng, (20, 6))
     x.requires_grad_()
     (dx,) = torch.autograd.grad(ours(x), x, dout, create_graph=True)
@@ -468,11 +470,11 @@ def test_torch_compile_with_the_default_backend(rng):
 
 
 @compiled
-@pytest.mark.parametrize("strided", [False, True])
-def test_operators_are_sound(rng, strided):
+@pytest.mark.parametrize("gaps", [False, True])
+def test_operators_are_sound(rng, gaps):
     ops = torch.ops.bn_cy
-    x = torch.tensor(rng.standard_normal((4, 6, 10), np.float32))
-    x = (x[..., ::2] if strided else x).requires_grad_()
+    x = torch.tensor(rng.standard_normal((4, 10, 6), np.float32)).transpose(1, 2)
+    x = (x[..., ::2] if gaps else x).requires_grad_()
     rows = [torch.tensor(rng.uniform(0.5, 2, 6).astype(np.float32)) for _ in range(4)]
     weight, bias = (row.requires_grad_() for row in rows[2:])
     for given in ((None, None), rows[:2]):
@@ -499,6 +501,12 @@ def test_meta_tensors_have_shapes_alone():
     y = module(torch.empty(4, 6, 5, 3, device="meta").to(memory_format=torch.channels_last))
     assert y.shape == (4, 6, 5, 3)
     assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("module", ["modules", "exchange"])
+def test_examples_in_docstrings(module):
+    failed, attempted = doctest.testmod(sys.modules[f"bn_cy.torch.{module}"])
+    assert failed == 0 < attempted
 
 
 # replace
