@@ -25,6 +25,7 @@ def records(latency, bandwidth, noise=lambda: 1.0):
             "features": features,
             "step": 3e-3,
             "alone": 1e-3,
+            "mpi": 6e-4,
             "exchange": noise() * scaling.exchange(ranks, features, latency, bandwidth)
             if ranks > 1
             else 1e-6,
@@ -88,7 +89,7 @@ def test_tables_and_picture(tmp_path, fitted):
     }
     text = scaling.tables(results)
     assert ("Fitted: 3 us a message, 5 GB/s." in text) == fitted
-    assert "| 64 | 1 | 3e+03 | 1e+03 | 1 | 0% |" in text
+    assert "| 64 | 1 | 1e+03 | 3e+03 | 20% | 1 |" in text
     assert "| rows-4096x256 | 2 | 2000 | 2.00 | 1.41 |" in text
     scaling.plot(results, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
