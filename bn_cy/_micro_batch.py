@@ -5,9 +5,16 @@ from itertools import product
 
 import numpy as np
 
-from bn_cy._layout import as_float_dtype, as_output, as_plain, axis_of
+from bn_cy._layout import as_output, as_plain
 from bn_cy._moments import Moments
-from bn_cy._parts import PartCache, check_like, checked_target, count_batches, is_counted
+from bn_cy._parts import (
+    PartCache,
+    check_batch,
+    check_like,
+    checked_target,
+    count_batches,
+    is_counted,
+)
 from bn_cy.functional import moments
 from bn_cy.layer import BatchNorm
 from bn_cy.sync import SyncBatchNorm
@@ -114,6 +121,11 @@ class MicroBatch:
         layer = self._layer
         xs, targets, residuals = self._fitting(parts, out, residuals)
         if layer._measures:
+            if layer._groups:
+                raise ValueError(
+                    "the layer has a ghost_batch_size, and a MicroBatch normalizes the whole batch "
+                    "by its own statistics: set layer.ghost_batch_size = None"
+                )
             whole = self._measured(xs)
             self._caches = None  # if it is refused: a backward would be of the batch before
             counted = is_counted(layer, whole, update)
@@ -200,8 +212,7 @@ class MicroBatch:
             with naming(number):
                 xs[number] = x = as_plain("x", x)
                 self._layer._check_features(x)
-                axis_of(x, self._layer.axis)
-                as_float_dtype("x", x.dtype.newbyteorder("="))
+                check_batch(x, self._layer.axis)
                 checked_target(target, x)
                 if residual is not None:
                     residuals[number] = as_plain("residual", residual)

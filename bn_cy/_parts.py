@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bn_cy import functional
-from bn_cy._layout import as_output, copy_all
+from bn_cy._layout import as_float_dtype, as_output, axis_of, copy_all
 from bn_cy._masks import Kept
 from bn_cy._moments import Moments
 
@@ -147,6 +147,12 @@ def averaged(running, batch, weight):
 
 
 # Checks, made of all parts before anything is written
+
+
+def check_batch(x, axis):
+    """Refuse an array that is no batch of float32 or float64 with such an axis."""
+    axis_of(x, axis)
+    as_float_dtype("x", x.dtype.newbyteorder("="))
 
 
 def check_like(name, array, x):

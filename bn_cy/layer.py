@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bn_cy import _calls, functional
+from bn_cy import _calls, _ghosts, functional
 from bn_cy._attributes import (
     Arrays,
     checked,
@@ -22,7 +22,7 @@ from bn_cy._masks import Kept
 
 __all__ = ["BatchNorm"]
 
-PICKLE_VERSION = 1
+PICKLE_VERSION = 2  # 1: without ghost_batch_size
 
 
 class BatchNorm:
@@ -58,6 +58,12 @@ class BatchNorm:
         or a variance that overflows. "raise": a FloatingPointError; the layer's parameters,
         statistics and count are unchanged, the last cache is let go, and `out` has been written.
         "skip": it is normalized and not counted. "update": it is counted, as in PyTorch.
+    ghost_batch_size : int or None, optional
+        In training, the batch is split into groups of so many examples, each normalized by its
+        own statistics, as small batches are. Examples lie along the first axis that is not the
+        features'. The last group has what is left over, which joins the group before where it is
+        one value per feature. Every group is counted as a batch in the running statistics, in
+        their order. Eval mode, and a layer that is frozen, know no groups. None: the batch is one.
 
     Attributes
     ----------
@@ -78,7 +84,8 @@ class BatchNorm:
     frozen : bool
         Whether the running statistics are used in training, too: see `freeze`.
     cache : Cache or None
-        What the last forward left for its backward, until that has been.
+        What the last forward left for its backward, until that has been. That of a batch in groups
+        has a Cache for each in `cache.groups`.
 
     Raises
     ------
@@ -87,7 +94,8 @@ class BatchNorm:
 
     Notes
     -----
-    S. Ioffe and C. Szegedy, *Batch Normalization*, 2015. Pickles and copies leave out the
+    S. Ioffe and C. Szegedy, *Batch Normalization*, 2015. Ghost batches: E. Hoffer, I. Hubara and
+    D. Soudry, *Train longer, generalize better*, 2017. Pickles and copies leave out the
     cached batch.
 
     Threads may share a layer: forwards in eval mode run side by side, those in training one after
@@ -124,6 +132,7 @@ class BatchNorm:
         dtype=np.float32,
         relu=False,
         on_nonfinite="raise",
+        ghost_batch_size=None,
     ):
         self._num_features = as_index("num_features", num_features)
         if self._num_features < 1:
@@ -135,6 +144,7 @@ class BatchNorm:
         self.axis = axis
         self.relu = relu
         self.on_nonfinite = on_nonfinite
+        self.ghost_batch_size = ghost_batch_size
         self.training = True
         self._frozen = False
         parameters = {"gamma": np.ones} if scale else {}
@@ -163,6 +173,9 @@ class BatchNorm:
     relu = checked("relu", bool, "Whether a ReLU follows.")
     on_nonfinite = checked(
         "on_nonfinite", checked_policy, "What a batch does that has NaN or infinity."
+    )
+    ghost_batch_size = checked(
+        "ghost_batch_size", _ghosts.checked_size, "Examples of a group in training, or None."
     )
     gamma = entry("params", "gamma", "The scale, or None.")
     beta = entry("params", "beta", "The shift, or None.")
@@ -223,6 +236,11 @@ class BatchNorm:
         self._check_features(x)
         if mask is None and lengths is None:
             y, cache = self._normalize(x, out, residual, update)
+        elif self._groups:
+            raise ValueError(
+                "mask and lengths do not go with ghost_batch_size in training: the groups are of "
+                "whole examples"
+            )
         else:
             kept = Kept(x, self._axis, mask, lengths)
             target = kept.target(out)
@@ -238,6 +256,8 @@ class BatchNorm:
         """Return what follows from all of a batch, and its cache."""
         gamma, beta = self._params.get("gamma"), self._params.get("beta")
         measures = self._measures
+        if measures and self._groups:
+            return _ghosts.forward(self, x, out, residual, update)
         if measures and update and self._running:
             return self._track(x, gamma, beta, out, residual)
         given = {"axis": self._axis, "out": out, "relu": self.relu, "residual": residual}
@@ -449,10 +469,12 @@ class BatchNorm:
         """Restore a layer; ValueError if a later version of bn_cy has written it."""
         state = dict(state)
         version = state.pop("version", None)
-        if version != PICKLE_VERSION:
+        if version == 1:
+            state["_ghost_batch_size"] = None
+        elif version != PICKLE_VERSION:
             raise ValueError(
                 f"this {type(self).__name__} was pickled in version {version} of its format, "
-                f"and this bn_cy reads version {PICKLE_VERSION}"
+                f"and this bn_cy reads versions up to {PICKLE_VERSION}"
             )
         arrays = {name: Arrays(state[name]) for name in ("_params", "_running")}
         self.__dict__.update(state, **arrays)
@@ -467,13 +489,19 @@ class BatchNorm:
             f"scale={self.gamma is not None}, shift={self.beta is not None}, "
             f"track_running_stats={self.track_running_stats}, unbiased={self.unbiased}, "
             f"axis={self._axis}, dtype={self._dtype.name!r}, relu={self.relu}, "
-            f"on_nonfinite={self._on_nonfinite!r}){'.freeze()' if self._frozen else ''}{mode}"
+            f"on_nonfinite={self._on_nonfinite!r}, ghost_batch_size={self._ghost_batch_size})"
+            f"{'.freeze()' if self._frozen else ''}{mode}"
         )
 
     @property
     def _measures(self):
         """Whether a forward normalizes by the statistics of its batch."""
         return not self._running or (self.training and not self._frozen)
+
+    @property
+    def _groups(self):
+        """Whether it does so in groups of the batch."""
+        return self._ghost_batch_size is not None and self.training and self._measures
 
     def _check_features(self, x):
         shape = x.shape
@@ -532,6 +560,8 @@ class BatchNorm:
 
     def _gradients(self, dout, cache, out):
         """Return what `batchnorm_backward` does; the one step of a backward that looks at data."""
+        if isinstance(cache, _ghosts.GhostCache):
+            return _ghosts.backward(dout, cache, out=out)
         return functional.batchnorm_backward(dout, cache, out=out)
 
     def _keep_gradients(self, dgamma, dbeta):
@@ -542,7 +572,7 @@ class BatchNorm:
             self.grads[name] = found[name]
 
     def _check_cache(self, cache):
-        if not isinstance(cache, functional.Cache):
+        if not isinstance(cache, (functional.Cache, _ghosts.GhostCache)):
             raise TypeError(f"cache must be a Cache, got {type(cache).__name__}")
         has = (cache.num_features, cache.scaled, cache.shifted)
         wanted = (self._num_features, "gamma" in self._params, "beta" in self._params)

@@ -5,6 +5,7 @@ in `_parts`; what is exchanged between ranks is in `_ranks`.
 """
 
 from bn_cy import functional
+from bn_cy._attributes import checked
 from bn_cy._layout import as_plain
 from bn_cy._masks import kept_of
 from bn_cy._parts import PartCache, check_like, checked_target, count_batches, is_counted
@@ -12,6 +13,14 @@ from bn_cy._ranks import Ranks
 from bn_cy.layer import BatchNorm
 
 __all__ = ["SyncBatchNorm"]
+
+
+def without_groups(size):
+    """Refuse a ghost_batch_size."""
+    if size is not None:
+        raise ValueError(
+            f"ghost_batch_size must be None where statistics are those of all ranks, got {size}"
+        )
 
 
 class SyncBatchNorm(BatchNorm):
@@ -29,7 +38,7 @@ class SyncBatchNorm(BatchNorm):
         The ranks that share the batch. Any object will do that has mpi4py's `Get_rank`,
         `Get_size`, `Allgather`, `Alltoall` and `Bcast` for NumPy arrays.
     **options
-        As for `BatchNorm`. They should be the same on all ranks.
+        As for `BatchNorm`, without `ghost_batch_size`. They should be the same on all ranks.
 
     Attributes
     ----------
@@ -77,6 +86,10 @@ class SyncBatchNorm(BatchNorm):
     def __init__(self, num_features, *, comm, **options):
         super().__init__(num_features, **options)
         self.comm = comm
+
+    ghost_batch_size = checked(
+        "ghost_batch_size", without_groups, "None: the batch is one, that of all ranks."
+    )
 
     @property
     def comm(self):

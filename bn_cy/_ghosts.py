@@ -1,0 +1,150 @@
+"""Ghost batches: groups of the examples of a batch, each normalized by its own statistics.
+
+A large batch then trains as small ones do, whose statistics have noise; nothing but the statistics
+is of the groups. E. Hoffer, I. Hubara and D. Soudry, *Train longer, generalize better*, 2017,
+algorithm 1.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bn_cy import functional
+from bn_cy._buffers import Buffer
+from bn_cy._layout import as_index, as_plain, axis_of
+from bn_cy._moments import Moments
+from bn_cy._parts import check_batch, check_like, checked_target, count_batches, is_counted
+
+RECYCLED = 1 << 18  # bytes; as in _layout
+
+
+@dataclass(frozen=True, eq=False)
+class GhostCache:
+    """What a forward in groups leaves for its backward.
+
+    Attributes
+    ----------
+    x : array
+        The batch, by reference.
+    places : list of tuples of slices
+        Where in x the groups are.
+    groups : list of Cache
+        That of each group.
+    residual : bool
+        Whether there was a residual.
+    """
+
+    x: np.ndarray
+    places: list
+    groups: list
+    residual: bool
+
+    num_features = property(lambda cache: cache.groups[0].num_features, doc="Those of x.")
+    scaled = property(lambda cache: cache.groups[0].scaled, doc="Whether there was a gamma.")
+    shifted = property(lambda cache: cache.groups[0].shifted, doc="Whether there was a beta.")
+
+
+def checked_size(size):
+    """Return how many examples are in a group, or None."""
+    if size is None:
+        return None
+    index = as_index("ghost_batch_size", size)
+    if index < 1:
+        raise ValueError(f"ghost_batch_size must be at least 1, or None, got {size}")
+    return index
+
+
+def places_of(x, axis, size):
+    """Return where the groups are: `size` examples each, and in the last what is left over.
+
+    Examples lie along the first axis that is not the features'. What is left over joins the group
+    before where it would be one value per feature, which has no variance.
+    """
+    along = 0 if axis_of(x, axis) else 1
+    examples, features = x.shape[along], x.shape[axis]
+    each = x.size // (examples * features) if x.size else 0  # values of a feature in an example
+    if size * each == 1:
+        raise ValueError(
+            f"ghost_batch_size must give every group two values per feature or more, got {size} "
+            f"for x of shape {x.shape}"
+        )
+    starts = list(range(0, examples, size)) or [0]
+    if len(starts) > 1 and (examples - starts[-1]) * each == 1:
+        starts.pop()
+    before = (slice(None),) * along
+    return [
+        (*before, slice(*bounds)) for bounds in zip(starts, [*starts[1:], examples], strict=True)
+    ]
+
+
+def forward(layer, x, out, residual, update):
+    """Normalize every group, and count each in the running statistics, one after the other."""
+    check_batch(x, layer.axis)
+    places = places_of(x, layer.axis, layer.ghost_batch_size)
+    target = new_like(x) if out is None else checked_target(out, x)
+    if residual is not None:
+        residual = as_plain("residual", residual)
+        check_like("residual", residual, x)
+        check_same_or_apart(target, "residual", residual)
+    groups = []
+    for place in places:
+        _, cache = functional.batchnorm_forward(
+            x[place],
+            layer.gamma,
+            layer.beta,
+            layer.eps,
+            axis=layer.axis,
+            out=target[place],
+            relu=layer.relu,
+            residual=None if residual is None else residual[place],
+        )
+        groups.append(cache)
+    found = [Moments(cache.count, cache.mean, cache.var) for cache in groups]
+    counted = [moments for moments in found if is_counted(layer, moments, update)]
+    if counted:  # of all groups at once: one that is refused leaves the statistics as they were
+        count_batches(layer, counted)
+    cache = GhostCache(x, places, groups, residual is not None)
+    return target if out is None else out, cache
+
+
+def backward(dout, cache, *, out=None):
+    """Return what `batchnorm_backward` does, of a forward in groups."""
+    x = cache.x
+    dout = as_plain("dout", dout)
+    if dout.shape != x.shape:
+        raise ValueError(
+            f"dout must have the shape {x.shape} and dtype {x.dtype} of x, "
+            f"got {dout.shape} and {dout.dtype}"
+        )
+    target = new_like(x) if out is None else checked_target(out, x)
+    check_same_or_apart(target, "dout", dout)
+    dresidual = [new_like(x)] if cache.residual else []
+    gradients = []
+    for place, group in zip(cache.places, cache.groups, strict=True):
+        _, dgamma, dbeta, *of_residual = functional.batchnorm_backward(
+            dout[place], group, out=target[place]
+        )
+        gradients.append((dgamma, dbeta))
+        for whole, part in zip(dresidual, of_residual, strict=True):
+            whole[place] = part
+    dgamma, dbeta = (
+        None if rows[0] is None else np.sum(rows, axis=0, dtype=np.float64)
+        for rows in zip(*gradients, strict=True)
+    )
+    return target if out is None else out, dgamma, dbeta, *dresidual
+
+
+def new_like(x):
+    """Return a new array of x's shape and memory order; a large one of recycled memory."""
+    dtype = x.dtype.newbyteorder("=")
+    if x.nbytes < RECYCLED or not x.flags.c_contiguous:
+        return np.empty_like(x, dtype, subok=False)
+    return np.ndarray(x.shape, dtype, Buffer(x.nbytes))
+
+
+def check_same_or_apart(out, name, array):
+    """Refuse an `out` that overlaps what a later group has still to read."""
+    same = out.__array_interface__["data"] == array.__array_interface__["data"]
+    same = same and (out.strides, out.dtype) == (array.strides, array.dtype)
+    if not same and np.shares_memory(out, array):
+        raise ValueError(f"out may be {name} itself, but may not overlap it otherwise")
