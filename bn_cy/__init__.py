@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 # What only some need, and what would slow every import.
-_ON_DEMAND = ("capi", "convert", "cs231n", "graph", "torch")
+_ON_DEMAND = ("capi", "convert", "cs231n", "dask", "graph", "torch")
 
 
 def __getattr__(name: str) -> Any:
