@@ -303,7 +303,7 @@ def test_drawing_takes_axes(rng):
 
 def test_without_matplotlib_the_error_names_the_extra(rng, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "bn_cy\[graph\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install matplotlib"):
         trace(*problem(rng)).draw()
 
 
