@@ -65,25 +65,25 @@ def batch_norm(
     NaN and infinity are no error, and go into the running statistics, as in PyTorch.
     """
     check(input, running_mean, running_var, training, eps)
-    arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+    settings = (running_mean, running_var, training, momentum, eps)
     if torch.compiler.is_compiling() or is_recorded(input):
-        return traced(*arguments)
+        return traced(input, weight, bias, *settings)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "the batch norm of bn_cy.torch has no rules for the transforms of torch.func; that of "
             "torch.nn has them"
         )
     if not torch.is_grad_enabled():
-        return compute(*arguments)[0]
-    return BatchNormalization.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
+        return compute(input, weight, bias, *settings)[0]
+    return BatchNormalization.apply(input, weight, bias, settings)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def compute(
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
@@ -101,11 +101,16 @@ class BatchNormalization(torch.autograd.Function):
     """Batch norm with a `Cache` between its forward and its backward."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        settings: tuple[Any, ...],  # in one, as each argument of a Function takes its time
+    ) -> Tensor:
         """Compute y."""
-        x, _, _, weight, _, _, _, ctx.eps = arguments
-        y, cache = compute(*arguments)
-        ctx.count, ctx.mean, ctx.var = cache.count, cache.mean, cache.var
+        y, cache = compute(x, weight, bias, *settings)
+        ctx.statistics = (cache.mean, cache.var, settings[-1], math.isinf(cache.count))
         # PyTorch lets saved tensors go after the backward, and also in between where it computes
         # a forward again (torch.utils.checkpoint). What else a graph has lives as long as it. So
         # the cache, which holds the batch, goes with a saved tensor, as its attribute.
@@ -123,15 +128,13 @@ class BatchNormalization(torch.autograd.Function):
         """
         x, weight, carrier = ctx.saved_tensors
         cache = getattr(carrier, "cache", None)
-        if cache is None or torch.is_grad_enabled():
-            mean, var = torch.from_numpy(ctx.mean), torch.from_numpy(ctx.var)
-            frozen = math.isinf(ctx.count)
-            found = batch_norm_backward(dout, x, weight, mean, var, ctx.eps, frozen)
-        else:
-            found = _arrays.backward(dout, cache)
+        if cache is not None and not torch.is_grad_enabled():
+            return *_arrays.backward(dout, cache), None
+        mean, var, eps, frozen = ctx.statistics
+        rows = torch.from_numpy(mean), torch.from_numpy(var)
+        found = batch_norm_backward(dout, x, weight, *rows, eps, frozen)
         wanted = ctx.needs_input_grad
-        dgamma, dbeta = (found[k] if wanted[k + 2] else None for k in (1, 2))
-        return found[0], None, None, dgamma, dbeta, None, None, None
+        return *(found[k] if wanted[k] else None for k in range(3)), None
 
 
 def is_recorded(x: Tensor) -> bool:

@@ -109,10 +109,10 @@ batch_norm_backward.register_autograd(refuse_second_derivative)
 
 def traced(
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
