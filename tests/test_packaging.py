@@ -113,6 +113,21 @@ def test_import_adds_no_pathlib_to_what_numpy_imports(tmp_path):
     assert not {"pathlib", "urllib.parse"} & added  # half the time of an import
 
 
+def test_without_pytorch_its_module_says_what_to_install(tmp_path):
+    code = """
+import sys
+sys.modules["torch"] = None  # as if it were not installed
+import bn_cy
+try:
+    bn_cy.torch
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert " ".join(run_python(code, tmp_path)) == (
+        'bn_cy.torch needs torch: pip install "bn_cy[torch]"'
+    )
+
+
 @pytest.mark.parametrize(
     ("place", "refused"),
     [("bn_cy", True), (".venv/lib/python3/site-packages/bn_cy", False)],

@@ -9,12 +9,10 @@
 Each uses those below it, and the functions of bn_cy.
 """
 
-try:
-    import torch as _torch  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f'bn_cy.torch needs {error.name}: pip install "bn_cy[torch]"', name=error.name
-    ) from error
+from importlib.util import find_spec
+
+if find_spec("torch") is None:
+    raise ModuleNotFoundError('bn_cy.torch needs torch: pip install "bn_cy[torch]"', name="torch")
 
 from bn_cy.torch.distributed import SyncBatchNorm
 from bn_cy.torch.exchange import replace
