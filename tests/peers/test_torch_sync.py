@@ -21,7 +21,7 @@ nn = torch.nn
 SECONDS = 120  # for all processes of a test; it is spent on imports
 
 START = """
-import datetime, sys
+import datetime, os, sys
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -50,6 +50,13 @@ def give(results):
     torch.save(results, f"{folder}/{rank}.pt")
 """
 
+# Together, and at once: PyTorch's threads of a group may end a process that cleans up at its exit.
+END = """
+dist.barrier()
+dist.destroy_process_group()
+os._exit(0)
+"""
+
 
 @pytest.fixture
 def processes(tmp_path):
@@ -63,7 +70,7 @@ def processes(tmp_path):
         size = len(problems[0]["rows"])
         (tmp_path / "meeting").unlink(missing_ok=True)
         file = tmp_path / "program.py"
-        file.write_text(f"{START}\n{textwrap.dedent(program)}\ndist.destroy_process_group()\n")
+        file.write_text(f"{START}\n{textwrap.dedent(program)}\n{END}")
         started = [
             subprocess.Popen(
                 [sys.executable, file, str(rank), str(size), tmp_path],
