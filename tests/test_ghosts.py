@@ -239,7 +239,7 @@ def test_an_empty_batch(rng, shape):
 
 
 X = np.random.default_rng(0).standard_normal((22, 5))
-LONG = np.zeros((29, 5))
+LONG = np.random.default_rng(1).standard_normal((29, 5))
 
 
 @pytest.mark.parametrize(
@@ -247,6 +247,7 @@ LONG = np.zeros((29, 5))
     [
         ({"x": X[:, 1:]}, ValueError, "x must have 5 features"),
         ({"x": X.astype(int)}, TypeError, "x must be .*float32 or float64"),
+        ({"x": X.astype(int), "out": X + 1}, TypeError, "x must be .*float32 or float64"),
         ({"x": X[0]}, ValueError, "x must have two dimensions"),
         ({"x": X[:1]}, ValueError, "x must have two values per feature or more"),
         ({"residual": X[:-1]}, ValueError, r"residual must have the shape \(22, 5\)"),
@@ -262,12 +263,12 @@ LONG = np.zeros((29, 5))
 def test_a_refused_forward_changes_nothing(rng, arguments, kind, message):
     layer = trained(rng, ghost_batch_size=7)
     layer(X)
-    before, cache, zeros = snapshot(layer), layer.cache, LONG.copy()
+    before, cache, values = snapshot(layer), layer.cache, LONG.copy()
     with pytest.raises(kind, match=message):
         layer.forward(**{"x": X, **arguments})
     assert_same_state(snapshot(layer), before)
     assert layer.cache is cache
-    assert np.array_equal(LONG, zeros)
+    assert np.array_equal(LONG, values)
 
 
 @pytest.mark.parametrize(
@@ -284,12 +285,12 @@ def test_a_refused_forward_changes_nothing(rng, arguments, kind, message):
 def test_a_refused_backward_changes_nothing(rng, dout, out, kind, message):
     layer = trained(rng, ghost_batch_size=7)
     layer(X)
-    before, cache, zeros = snapshot(layer), layer.cache, LONG.copy()
+    before, cache, values = snapshot(layer), layer.cache, LONG.copy()
     with pytest.raises(kind, match=message):
         layer.backward(dout, out=out)
     assert_same_state(snapshot(layer), before)
     assert layer.cache is cache
-    assert np.array_equal(LONG, zeros)
+    assert np.array_equal(LONG, values)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 7])

@@ -14,6 +14,7 @@ from exact import error
 
 from bn_cy import (
     BatchNorm,
+    MicroBatch,
     batchnorm_backward,
     batchnorm_forward,
     frozen_forward,
@@ -50,8 +51,8 @@ def frozen(a):
     return [y, *batchnorm_backward(a.dout, cache, out=a.out)]
 
 
-def layer_step(a, **more):
-    layer = BatchNorm(len(a.mean), relu=True)
+def layer_step(a, size=None, **more):
+    layer = BatchNorm(len(a.mean), relu=True, ghost_batch_size=size)
     layer.gamma = a.gamma
     dx = None
     for training in (True, False):
@@ -59,6 +60,13 @@ def layer_step(a, **more):
         y = layer(a.x, **more)
         dx = layer.backward(a.dout)
     return [y, *(dx if isinstance(dx, tuple) else [dx]), *layer.grads.values()]
+
+
+def micro_step(a):
+    micro = MicroBatch(BatchNorm(len(a.mean), relu=True))
+    ys = micro.forward([a.x, a.x], residuals=[a.residual, a.residual])
+    dxs, dresiduals = micro.backward([a.dout, a.dout])
+    return [*ys, *dxs, *dresiduals, *micro.layer.grads.values()]
 
 
 def gradient(a, **more):
@@ -82,6 +90,8 @@ CALLS = {
     "input_gradient, in place": lambda a: gradient(a, out=a.dout),
     "layer": layer_step,
     "layer, residual": lambda a: layer_step(a, residual=a.residual),
+    "layer, groups": lambda a: layer_step(a, size=2, residual=a.residual),
+    "parts": micro_step,
 }
 
 

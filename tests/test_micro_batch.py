@@ -266,6 +266,7 @@ def test_a_refused_forward_changes_nothing(rng, arguments, kind, message, mode):
         (X, [NARROW] * 3, ValueError, "part 0: out must have the shape"),
         (X, X, ValueError, "part 0: out may not share memory with x"),
         ([BASE[:4]] * 3, [BASE[:4], BASE[4:], X[0] + 1], ValueError, "out of part 0 .* the dout"),
+        (X, [X[1], BASE[:4], BASE[4:]], ValueError, "out of part 0 .* the x of part 1"),
         (X, [BASE[:4]] * 3, ValueError, "out of part 0 .* the out of part 1"),
     ],
 )

@@ -8,7 +8,15 @@ from typing import assert_type
 import numpy as np
 from numpy.typing import NDArray
 
-from bn_cy import BatchNorm, Cache, batchnorm_backward, batchnorm_forward, moments, normalize
+from bn_cy import (
+    BatchNorm,
+    Cache,
+    MicroBatch,
+    batchnorm_backward,
+    batchnorm_forward,
+    moments,
+    normalize,
+)
 
 rng = np.random.default_rng()
 x: NDArray[np.float32] = rng.standard_normal((32, 8)).astype(np.float32)
@@ -24,6 +32,11 @@ layer.gamma *= 2
 step = layer.grads["gamma"] * 0.1
 assert_type(layer.eval()(wide), NDArray[np.float64])
 assert_type(layer.freeze(), BatchNorm)
+
+micro = MicroBatch(BatchNorm(8, ghost_batch_size=None))
+ys = micro.forward([x, x[:3]], out=[np.empty_like(x), np.empty_like(x[:3])])
+assert_type(ys, list[NDArray[np.float32]])
+dxs = micro.backward([2 * y for y in ys])
 
 
 class Scaled(BatchNorm):
@@ -50,4 +63,6 @@ def refused() -> None:
     batchnorm_forward(np.ones((2, 3), np.complex64))  # type: ignore[type-var]  # pyright: ignore
     layer(np.ones((2, 3), np.float16))  # type: ignore[type-var]  # pyright: ignore
     moments(3.0)  # type: ignore[arg-type]  # pyright: ignore
+    micro.forward(3.0)  # type: ignore[call-overload]  # pyright: ignore
+    BatchNorm(8, ghost_batch_size=0.5)  # type: ignore[arg-type]  # pyright: ignore
     BatchNorm(8, on_nonfinite="ignore")  # type: ignore[arg-type]  # pyright: ignore
