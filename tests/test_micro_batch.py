@@ -1,5 +1,7 @@
 """`MicroBatch` against one layer, and against 80-bit arithmetic, on the whole batch."""
 
+import sys
+
 import exact
 import numpy as np
 import pytest
@@ -129,6 +131,36 @@ def test_nothing_of_the_size_of_a_part_is_kept(rng):
     del large, kept, ys
     micro.backward(parts)
     assert micro._caches is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
+def test_a_step_with_given_outputs_takes_no_memory(run):
+    """Four parts of 16 MB: the peak does not rise by one of them."""
+    run("""
+        import resource
+        import numpy as np
+        from bn_cy import BatchNorm, MicroBatch
+
+        rng = np.random.default_rng(0)
+        parts, out, douts = (
+            [rng.random((1 << 16, 64), np.float32) for _ in range(4)] for _ in range(3)
+        )
+        micro = MicroBatch(BatchNorm(64, relu=True))
+
+
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+        micro.forward([part[:4096] for part in parts])  # starts threads
+        before = peak()
+        micro.forward(parts, out=out)
+        micro.backward(douts, out=douts)
+        assert peak() - before < parts[0].nbytes, peak() - before
+        micro.forward(parts)
+        assert peak() - before > parts[0].nbytes  # so the peak shows what is new
+        print("done")
+    """)
 
 
 @pytest.mark.parametrize("adds", [False, True])

@@ -101,7 +101,7 @@ def test_import_is_light(tmp_path):
     code = "import sys, bn_cy; print(*sys.modules)"
     modules = run_python(code, tmp_path)
     loaded = {name.partition(".")[0] for name in modules}
-    heavy = {"jax", "matplotlib", "mpi4py", "scipy", "sklearn", "torch", "tqdm", "Cython"}
+    heavy = {"dask", "jax", "matplotlib", "mpi4py", "scipy", "sklearn", "torch", "tqdm", "Cython"}
     assert not loaded & heavy
     assert not {"importlib.metadata", "bn_cy.graph"} & set(modules)
 
