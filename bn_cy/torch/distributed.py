@@ -114,7 +114,9 @@ class SyncBatchNorm(BatchNorm):
 
         rows = gathered(own_moments, 3 + 2 * self.num_features, group)
         check_agreement(rows[:, 0], rows[:, 1])
-        batch = merged(rows[:, 2], *np.split(rows[:, 3:], 2, axis=1))
+        means, variances = np.split(rows[:, 3:], 2, axis=1)
+        parts = zip(rows[:, 2].astype(int).tolist(), means, variances, strict=True)
+        batch = bn_cy.Moments.sum(bn_cy.Moments(*part) for part in parts)
         if batch.count == 1:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got 1 in all processes"
@@ -219,21 +221,3 @@ def check_agreement(sizes: NDArray[np.float64], gradients: NDArray[np.float64]) 
     if (gradients != gradients[0]).any():
         ranks = np.flatnonzero(gradients).tolist()
         raise ValueError(f"input requires a gradient in the ranks {ranks} alone; it must in all")
-
-
-def merged(
-    counts: NDArray[np.float64], means: NDArray[np.float64], variances: NDArray[np.float64]
-) -> bn_cy.Moments:
-    """Return the moments of all parts together, by Chan's formula in the order of the parts."""
-    count, mean, var = counts[0], means[0], variances[0]
-    with np.errstate(all="ignore"):
-        for more, other_mean, other_var in zip(counts[1:], means[1:], variances[1:], strict=True):
-            if count == 0:
-                count, mean, var = more, other_mean, other_var
-            elif more > 0:
-                total, distance = count + more, other_mean - mean
-                mean = mean + distance * (more / total)
-                var = (count * var + more * other_var) / total
-                var += distance * distance * (count / total * (more / total))
-                count = total
-    return bn_cy.Moments(int(count), mean, var)
