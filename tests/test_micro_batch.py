@@ -1,6 +1,6 @@
 """`MicroBatch` against one layer, and against 80-bit arithmetic, on the whole batch."""
 
-import sys
+from pathlib import Path
 
 import exact
 import numpy as np
@@ -92,7 +92,7 @@ def test_a_network_of_two_layers(rng):
     differences of the whole network."""
     x, W = rng.standard_normal((13, 4)), rng.standard_normal((4, 5))
     dout = rng.standard_normal((13, 5))
-    layers = [BatchNorm(n, dtype=np.float64, relu=relu) for n, relu in ((4, False), (5, True))]
+    layers = [BatchNorm(n, dtype=np.float64) for n in (4, 5)]
 
     def loss(array):
         return np.sum(dout * layers[1].forward(layers[0].forward(array, update=False) @ W))
@@ -104,7 +104,7 @@ def test_a_network_of_two_layers(rng):
         pytest.approx(loss(x), rel=1e-12)
     )
     dxs = first.backward([d @ W.T for d in second.backward(np.split(dout, cut))])
-    expected = exact.finite_differences(loss, x)
+    expected = exact.finite_differences(loss, x, 2e-4)
     assert error(np.concatenate(dxs), expected) <= 1e-9
 
 
@@ -133,11 +133,11 @@ def test_nothing_of_the_size_of_a_part_is_kept(rng):
     assert micro._caches is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_step_with_given_outputs_takes_no_memory(run):
     """Four parts of 16 MB: the peak does not rise by one of them."""
     run("""
-        import resource
+        from pathlib import Path
         import numpy as np
         from bn_cy import BatchNorm, MicroBatch
 
@@ -148,8 +148,9 @@ def test_a_step_with_given_outputs_takes_no_memory(run):
         micro = MicroBatch(BatchNorm(64, relu=True))
 
 
-        def peak():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        def peak():  # not by getrusage, which counts the memory of the parent before exec
+            status = Path("/proc/self/status").read_text()
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
         micro.forward([part[:4096] for part in parts])  # starts threads
