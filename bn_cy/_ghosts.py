@@ -39,9 +39,20 @@ class GhostCache:
     groups: list
     residual: bool
 
-    num_features = property(lambda cache: cache.groups[0].num_features, doc="Those of x.")
-    scaled = property(lambda cache: cache.groups[0].scaled, doc="Whether there was a gamma.")
-    shifted = property(lambda cache: cache.groups[0].shifted, doc="Whether there was a beta.")
+    @property
+    def num_features(self):
+        """How many features the batch has."""
+        return self.groups[0].num_features
+
+    @property
+    def scaled(self):
+        """Whether there was a gamma."""
+        return self.groups[0].scaled
+
+    @property
+    def shifted(self):
+        """Whether there was a beta."""
+        return self.groups[0].shifted
 
 
 def checked_size(size):

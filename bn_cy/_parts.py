@@ -49,9 +49,20 @@ class PartCache:
     local: functional.Cache
     kept: Kept | None = None
 
-    count = property(lambda cache: cache.moments.count, doc="Values per feature in the whole.")
-    mean = property(lambda cache: cache.moments.mean.copy(), doc="A copy of the means.")
-    var = property(lambda cache: cache.moments.var.copy(), doc="A copy of the variances.")
+    @property
+    def count(self):
+        """Values per feature in the whole."""
+        return self.moments.count
+
+    @property
+    def mean(self):
+        """A copy of the means."""
+        return self.moments.mean.copy()
+
+    @property
+    def var(self):
+        """A copy of the variances."""
+        return self.moments.var.copy()
 
     @classmethod
     def forward(cls, layer, x, moments, target, residual, kept=None):
