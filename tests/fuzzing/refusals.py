@@ -14,15 +14,17 @@ def other_dtype(array):
     return array.astype("f4" if array.dtype.itemsize == 8 else "f8")
 
 
-def no_floats(source, array):
-    """The same numbers as what is no array of float32 or float64."""
-    kind = source.pick(("i4", "f2", "c8", "g", "?", "O"))
+def no_floats(source, array, name="x"):
+    """The same numbers as what is no array of float32 or float64; a dout may be of other floats."""
+    kinds = ("i4", "c8", "?", "O")
+    kind = source.pick(kinds if name == "dout" else (*kinds, "f2", "g"))
     return array.astype(kind) if kind in "gO" else np.zeros(array.shape, kind)
 
 
-def misfit(source, array):
-    """What has another shape, or another dtype."""
-    way = source.pick(("dtype", "longer", "axes", "no floats", "mask"))
+def misfit(source, name, array):
+    """What has another shape, or another dtype; a dout of other floats would be rounded."""
+    ways = ("longer", "axes", "no floats", "mask")
+    way = source.pick(ways if name == "dout" else ("dtype", *ways))
     if way == "dtype":
         return other_dtype(array)
     if way == "longer":
@@ -31,7 +33,7 @@ def misfit(source, array):
         return array[None]
     if way == "mask":
         return np.ma.masked_array(array)
-    return no_floats(source, array)
+    return no_floats(source, array, name)
 
 
 def spoil_x(call, source):
@@ -59,7 +61,7 @@ def spoil_parameter(name):
         features = call.problem.features
         wrong = (
             np.ones(features + 1),
-            np.ones((features, 1)),
+            np.ones((features, 2)),
             np.ones(features, complex),
             np.float32(1),
             "abc",
@@ -80,7 +82,7 @@ def spoil_var(call, source):
 def spoil_like_x(name):
     def spoil(call, source):
         array = getattr(call, name)
-        setattr(call, name, misfit(source, call.x if array is None else array))
+        setattr(call, name, misfit(source, name, call.x if array is None else array))
 
     return spoil
 
@@ -214,7 +216,7 @@ def spoil_layer(layer, x, source):
         ("residual", lambda: layer(x, residual=other_dtype(x))),
         ("out", lambda: layer(x, out=x if x.size else other)),
         ("out", lambda: layer(x, out=other_dtype(x))),
-        ("dout", lambda: layer.backward(misfit(source, x))),
+        ("dout", lambda: layer.backward(misfit(source, "dout", x))),
         ("cache", lambda: layer.backward(x, cache=source.pick((cache, 3)))),
     ]
     wrong = {
