@@ -25,7 +25,7 @@ class Moments(NamedTuple):
     count : int
         Values per feature; 0 of an empty part.
     mean, var : float64 array of shape (features,)
-        The means, and the variances divided by `count`.
+        The means, and the variances divided by ``count``.
 
     Notes
     -----

@@ -1,4 +1,4 @@
-"""Layers of PyTorch, Keras and ONNX as `BatchNorm`, and back.
+"""Layers of PyTorch, Keras and ONNX as `bn_cy.BatchNorm`, and back.
 
 What they mean by the same words is not the same, and is converted here:
 
@@ -7,7 +7,7 @@ What they mean by the same words is not the same, and is converted here:
 - the features lie along axis 1 in PyTorch and ONNX, and along the last one in Keras.
 
 None of the three has to be installed, but for `to_onnx`. Parameters of half precision become
-float32, and those of float64 stay so. Running statistics are float64 in every `BatchNorm`.
+float32, and those of float64 stay so. Running statistics are float64 in every `bn_cy.BatchNorm`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

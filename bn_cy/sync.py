@@ -38,7 +38,7 @@ class SyncBatchNorm(BatchNorm):
         The ranks that share the batch. Any object will do that has mpi4py's `Get_rank`,
         `Get_size`, `Allgather`, `Alltoall` and `Bcast` for NumPy arrays.
     **options
-        As for `BatchNorm`, without `ghost_batch_size`. They should be the same on all ranks.
+        As for `BatchNorm`, without ``ghost_batch_size``. They should be the same on all ranks.
 
     Attributes
     ----------
@@ -63,11 +63,11 @@ class SyncBatchNorm(BatchNorm):
 
     Where a rank cannot go on, all ranks raise its error, with the number of the first such rank,
     and no layer has changed: a wrong number of features or dtype, an `out`, `residual` or `dout` of
-    another shape, a missing array. So it is with NaN and infinity, as `on_nonfinite` says, and
+    another shape, a missing array. So it is with NaN and infinity, as ``on_nonfinite`` says, and
     with a batch of a single value on all ranks together.
 
     Running statistics are the same bits on all ranks, and a run with the same parts on the same
-    number of ranks repeats bit for bit. `dgamma` and `dbeta` are of the rank's own part, as in
+    number of ranks repeats bit for bit. ``dgamma`` and ``dbeta`` are of the rank's own part, as in
     PyTorch: add them up over the ranks, or average them, with the gradients of other layers.
     The means of float64 data are rounded to float64, as in eval mode.
 

@@ -26,5 +26,6 @@ default_role = "autolink"  # `x` in a docstring is a link where it is a public n
 autodoc_typehints = "none"  # the docstrings have the types
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["dask"]  # for its docstrings alone
 autosummary_generate = False
 numpydoc_show_class_members = False
