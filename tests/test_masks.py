@@ -197,6 +197,14 @@ def test_what_does_not_fit_is_named(given, error, message):
             moments(X, **given)
 
 
+def test_a_read_only_output_is_refused():
+    out = np.zeros(X.shape)
+    out.flags.writeable = False
+    for call in (batchnorm_forward, BatchNorm(3)):
+        with pytest.raises(ValueError, match="out must be writable"):
+            call(X, mask=np.True_, out=out)
+
+
 def test_lengths_need_sequences():
     with pytest.raises(ValueError, match=r"lengths are of sequences.*three dimensions"):
         batchnorm_forward(np.zeros((4, 3)), lengths=[1, 2, 3, 4])
