@@ -47,7 +47,6 @@ class Call:
         rng = p.generator
         mean, var = rng.standard_normal(p.features), rng.uniform(0, 4, p.features)
         kind = p.source.pick(("batch", "batch", "other", "other", "zeros", "nan"))
-        p.alike |= kind != "batch"
         if kind == "batch" and p.size:
             half = np.asarray(self.rows[:, : 1 + p.count // 2], float)
             mean, var = half.mean(axis=1), half.var(axis=1)
@@ -57,6 +56,9 @@ class Call:
         if kind == "nan":
             p.source.pick((mean, var))[rng.random(p.features) < 0.2] = np.nan
         self.mean, self.var = p.per_feature("mean", mean), p.per_feature("var", var)
+        # Of another dtype they may be others, too: a variance that became 0 as an integer.
+        given = np.asarray(self.var, float)
+        p.alike |= kind != "batch" or not np.allclose(given, var, rtol=0.5, atol=0)
 
     def parameter(self, value, absent):
         """A gamma or a beta as the kernels round it, in 80 bits, a row for each feature."""
