@@ -62,7 +62,7 @@ def _describe():
         "variant": _dispatch.VARIANT,
         "built": cpu.BUILT,
         "supported": _dispatch.SUPPORTED,
-        "levels": cpu.supported_levels(),
+        "levels": list(_dispatch.LEVELS),
         "openmp": cpu.OPENMP,
         "runtime": cpu.openmp_runtime(),
         "threads": _threads.get_num_threads(),

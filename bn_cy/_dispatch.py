@@ -63,7 +63,8 @@ def choose_variant(forced, supported):
     return forced or supported[0]
 
 
-SUPPORTED = supported_variants(cpu.BUILT, cpu.supported_levels())
+LEVELS = cpu.supported_levels()
+SUPPORTED = supported_variants(cpu.BUILT, LEVELS)
 VARIANT = choose_variant(os.environ.get("BN_CY_ISA", ""), SUPPORTED)
 
 # A variant that is broken is an error and not a reason to take another.
