@@ -258,7 +258,7 @@ cdef run_forward(
     finally:
         release(&memory)
     cache.scaled, cache.shifted = gamma is not None, beta is not None
-    cache.gamma_shape, cache.beta_shape = kept_shape(gamma), kept_shape(beta)
+    cache.gamma_shape, cache.beta_shape = gradient_shape(gamma), gradient_shape(beta)
     cache.added = residual is not None
     if backward:
         cache.fingerprint = batch.fingerprint()
@@ -395,8 +395,8 @@ cdef delivered(result, array, out):
     return out
 
 
-cdef tuple kept_shape(parameter):
-    """The shape that a parameter's gradient has, where it is not of one dimension."""
+cdef tuple gradient_shape(parameter):
+    """The shape of a parameter, and of its gradient, where it is not of one dimension."""
     if parameter is None or type(parameter) is ndarray and parameter.ndim == 1:
         return None
     shape = np.shape(parameter)

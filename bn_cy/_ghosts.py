@@ -10,12 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bn_cy import functional
-from bn_cy._buffers import Buffer
-from bn_cy._layout import as_index, as_plain, axis_of
+from bn_cy._layout import as_batch, as_index, as_plain, axis_of, new_result
 from bn_cy._moments import Moments
-from bn_cy._parts import check_batch, check_like, checked_target, count_batches, is_counted
-
-RECYCLED = 1 << 18  # bytes; as in _layout
+from bn_cy._parts import check_like, checked_target, count_batches, is_counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +22,9 @@ class GhostCache:
     Attributes
     ----------
     x : array
-        The batch, by reference.
+        The batch, by reference, or its copy.
+    axis : int
+        Its feature axis.
     places : list of tuples of slices
         Where in x the groups are.
     groups : list of Cache
@@ -35,6 +34,7 @@ class GhostCache:
     """
 
     x: np.ndarray
+    axis: int
     places: list
     groups: list
     residual: bool
@@ -90,9 +90,11 @@ def places_of(x, axis, size):
 
 def forward(layer, x, out, residual, update):
     """Normalize every group, and count each in the running statistics, one after the other."""
-    check_batch(x, layer.axis)
+    given, x = x, as_batch(x, layer.axis)
+    target = checked_target(out, given)
     places = places_of(x, layer.axis, layer.ghost_batch_size)
-    target = new_like(x) if out is None else checked_target(out, x)
+    if target is None:
+        target = new_result(x, layer.axis)
     if residual is not None:
         residual = as_plain("residual", residual)
         check_like("residual", residual, x)
@@ -114,7 +116,7 @@ def forward(layer, x, out, residual, update):
     counted = [moments for moments in found if is_counted(layer, moments, update)]
     if counted:  # of all groups at once: one that is refused leaves the statistics as they were
         count_batches(layer, counted)
-    cache = GhostCache(x, places, groups, residual is not None)
+    cache = GhostCache(x, layer.axis, places, groups, residual is not None)
     return target if out is None else out, cache
 
 
@@ -127,9 +129,9 @@ def backward(dout, cache, *, out=None):
             f"dout must have the shape {x.shape} and dtype {x.dtype} of x, "
             f"got {dout.shape} and {dout.dtype}"
         )
-    target = new_like(x) if out is None else checked_target(out, x)
+    target = new_result(x, cache.axis) if out is None else checked_target(out, x)
     check_same_or_apart(target, "dout", dout)
-    dresidual = [new_like(x)] if cache.residual else []
+    dresidual = [new_result(x, cache.axis)] if cache.residual else []
     gradients = []
     for place, group in zip(cache.places, cache.groups, strict=True):
         _, dgamma, dbeta, *of_residual = functional.batchnorm_backward(
@@ -143,14 +145,6 @@ def backward(dout, cache, *, out=None):
         for rows in zip(*gradients, strict=True)
     )
     return target if out is None else out, dgamma, dbeta, *dresidual
-
-
-def new_like(x):
-    """Return a new array of x's shape and memory order; a large one of recycled memory."""
-    dtype = x.dtype.newbyteorder("=")
-    if x.nbytes < RECYCLED or not x.flags.c_contiguous:
-        return np.empty_like(x, dtype, subok=False)
-    return np.ndarray(x.shape, dtype, Buffer(x.nbytes))
 
 
 def check_same_or_apart(out, name, array):

@@ -33,7 +33,7 @@ cdef class Batch:
         self, Memory *memory, str name, values, bint to_round=*) except NULL
     cdef object target(self, Memory *memory, out, Py_buffer **given, Py_buffer **held)
     cdef Py_buffer *per_feature(self, Memory *memory, str name, values, dtype) except NULL
-    cdef bint is_kept(self, values)
+    cdef bint keeps_dimensions(self, values)
     cdef const void *parameter(self, Memory *memory, str name, values) except? NULL
     cdef double *running(self, Memory *memory, str name, array) except NULL
     cdef int row(self, double *to, str name, values) except -1

@@ -98,7 +98,8 @@ cdef native(name, array, dtype=None):
     """A C-ordered copy in the processor's byte order, rounded to a dtype if one is given; TypeError
     if that of the array is no float32 or float64, or to be rounded no floating-point dtype."""
     if array.dtype.kind != "f" or dtype is None and array.dtype.itemsize not in (4, 8):
-        raise TypeError(f"{name} must be of float32 or float64, got {array.dtype}")
+        wanted = "float32 or float64" if dtype is None else "floating-point numbers"
+        raise TypeError(f"{name} must be of {wanted}, got {array.dtype}")
     if dtype is None:
         dtype = FLOAT32 if array.dtype.itemsize == 4 else FLOAT64
     return relieved(np.array, array, dtype, order="C")
@@ -344,7 +345,7 @@ cdef class Batch:
         view = hold(memory, name, values)
         if view.ndim != 1 or kind_of(view) != kind or not is_contiguous(view):
             values = np.array(as_real(name, values), dtype, order="C")
-            if self.is_kept(values):
+            if self.keeps_dimensions(values):
                 values = values.reshape(-1)
             view = hold(memory, name, values)
         if view.ndim != 1 or view.shape[0] != self.shape.features:
@@ -354,7 +355,7 @@ cdef class Batch:
             )
         return view
 
-    cdef bint is_kept(self, values):
+    cdef bint keeps_dimensions(self, values):
         """Tell whether an array has the dimensions of x, from the last one on, and is of length 1
         in all but that of the features, as sums with keepdims are."""
         cdef Py_ssize_t missing = self.view.ndim - values.ndim
@@ -418,6 +419,16 @@ def copy_all(list sources, list targets):
             memmove(to.buf, memory.views[count + i].buf, to.len)
     finally:
         release(&memory)
+
+
+def as_batch(x, axis):
+    """Return x, or the copy of it that the kernels take."""
+    return batch_of(x, axis).array
+
+
+def new_result(x, axis):
+    """Return a new array for what is computed of x, of its shape, dtype and memory order."""
+    return batch_of(x, axis).empty()
 
 
 cdef Batch batch_of(x, axis):

@@ -12,20 +12,18 @@ from bn_cy._attributes import (
     checked_policy,
     checked_tracked,
     entry,
-    fitted,
     fixed,
     places,
 )
 from bn_cy._forks import give_lock
-from bn_cy._layout import as_float_dtype, as_index, as_plain, copy_all
+from bn_cy._layout import as_float_dtype, as_index, as_output, as_plain
 from bn_cy._masks import Kept
+from bn_cy._state import Stateful
 
 __all__ = ["BatchNorm"]
 
-PICKLE_VERSION = 2  # 1: without ghost_batch_size
 
-
-class BatchNorm:
+class BatchNorm(Stateful):
     """Batch normalization as a layer of a NumPy network.
 
     In training it normalizes by the statistics of the batch and updates the running ones; in
@@ -392,94 +390,6 @@ class BatchNorm:
         np.divide(state.get("weight", 1.0), std, out=scale, where=std > 0)
         return scale, state.get("bias", 0.0) - state["running_mean"] * scale
 
-    def reset_running_stats(self):
-        """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
-        fresh, arrays = [np.zeros((), np.int64)], [self._tracked]
-        if self._running:
-            fresh += [np.zeros(self._num_features), np.ones(self._num_features)]
-            arrays += [self.running_mean, self.running_var]
-        with self._lock:
-            copy_all(fresh, arrays)
-
-    def state_dict(self):
-        """Return copies of the parameters and running statistics under PyTorch's names.
-
-        Returns
-        -------
-        dict
-            ``weight``, ``bias``, ``running_mean``, ``running_var`` and ``num_batches_tracked``,
-            as far as the layer has them.
-        """
-        arrays = self._state_arrays()
-        if self._running:
-            arrays["num_batches_tracked"] = self._tracked
-        with self._lock:
-            return {name: array.copy() for name, array in arrays.items()}
-
-    def load_state_dict(self, state, *, prefix=""):
-        """Load what `state_dict` of this class or of ``torch.nn.BatchNorm*d`` gave: all or nothing.
-
-        Parameters
-        ----------
-        state : mapping of str to array
-            With the keys of this layer's own `state_dict`; ``num_batches_tracked`` may be absent,
-            and is then 0.
-        prefix : str, optional
-            What stands before the layer's keys in the state of a network, such as "layers.1.".
-            Keys that begin otherwise are not looked at.
-
-        Raises
-        ------
-        KeyError
-            If a key is missing or unknown.
-        TypeError, ValueError
-            If a value has another shape, or is not of real numbers, if a statistic is not finite
-            or a variance negative, or if an array of the layer is read-only. The layer is
-            unchanged.
-        """
-        arrays = self._state_arrays()
-        own = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-        counter = {"num_batches_tracked"} if self._running else set()
-        missing, unexpected = arrays.keys() - own.keys(), own.keys() - arrays.keys() - counter
-        if missing or unexpected:
-            raise KeyError(
-                f"state must have the keys {[prefix + name for name in (*arrays, *counter)]}; "
-                f"missing: {sorted(missing) or 'none'}, unexpected: {sorted(unexpected) or 'none'}"
-            )
-        loaded = [fitted(name, own[name], array).copy() for name, array in arrays.items()]
-        for name, array in arrays.items():
-            if not array.flags.writeable:
-                raise ValueError(f"{name} cannot be loaded: the layer's array is read-only")
-        if self._running:
-            arrays["num_batches_tracked"] = self._tracked
-            loaded.append(np.array(checked_tracked(own.get("num_batches_tracked", 0)), np.int64))
-        with self._lock:
-            copy_all(loaded, list(arrays.values()))
-
-    def __getstate__(self):
-        """Everything but the cached batch and the lock; copies of what a forward updates."""
-        state = {**self.__dict__, "version": PICKLE_VERSION, "_cache": None}
-        del state["_lock"]
-        with self._lock:
-            state["_tracked"] = self._tracked.copy()
-            state["_running"] = {name: array.copy() for name, array in self._running.items()}
-        return state | {name: dict(state[name]) for name in ("_params", "grads")}
-
-    def __setstate__(self, state):
-        """Restore a layer; ValueError if a later version of bn_cy has written it."""
-        state = dict(state)
-        version = state.pop("version", None)
-        if version == 1:
-            state["_ghost_batch_size"] = None
-        elif version != PICKLE_VERSION:
-            raise ValueError(
-                f"this {type(self).__name__} was pickled in version {version} of its format, "
-                f"and this bn_cy reads versions up to {PICKLE_VERSION}"
-            )
-        arrays = {name: Arrays(state[name]) for name in ("_params", "_running")}
-        self.__dict__.update(state, **arrays)
-        give_lock(self)
-
     def __repr__(self):
         """As the expression that makes such a layer."""
         mode = "" if self.training else ".eval()"
@@ -524,7 +434,9 @@ class BatchNorm:
         One thread at a time: the count, the weight and the update belong together.
         """
         mean, var = self._running["running_mean"], self._running["running_var"]
-        if residual is not None:  # nobody else's code runs under the lock
+        # Nobody else's code runs under the lock.
+        target = None if out is None else as_output(out)
+        if residual is not None:
             residual = as_plain("residual", residual)
         with self._lock:
             result = _calls.training_forward(
@@ -539,14 +451,14 @@ class BatchNorm:
                 beta,
                 self._eps,
                 self._axis,
-                out,
+                target,
                 self.relu,
                 residual,
             )
         y, cache, counted = result
         if not counted and not cache.empty and self._on_nonfinite == "raise":
             self._refuse_batch(cache.var)
-        return y, cache
+        return y if out is None else out, cache
 
     def _refuse_batch(self, var):
         """Raise the error of a batch whose variance is not finite."""
@@ -595,12 +507,3 @@ class BatchNorm:
                 "forward and pass it as cache="
             )
         return self._cache
-
-    def _state_arrays(self):
-        arrays = {
-            "weight": self.gamma,
-            "bias": self.beta,
-            "running_mean": self.running_mean,
-            "running_var": self.running_var,
-        }
-        return {name: array for name, array in arrays.items() if array is not None}

@@ -331,7 +331,7 @@ def wrong_forwards(x):
 
 def wrong_backwards(dout):
     yield (dout[:, 1:],), {}, ValueError, r"dout must have the shape \(4, 5\)"
-    yield (dout.astype(np.int64),), {}, TypeError, "dout must be of float32 or float64"
+    yield (dout.astype(np.int64),), {}, TypeError, "dout must be of floating-point numbers"
     yield (None,), {}, TypeError, "dout must be an array"
     yield (dout,), {"out": dout[1:]}, ValueError, "out must have the shape"
 

@@ -1,9 +1,9 @@
 """Batch norm as operators of PyTorch, for what records calls before it runs them.
 
 torch.compile and torch.export see an operator's name, the shapes of its results and its derivative,
-and not what is inside. An operator takes and returns tensors alone,
-so its backward has no `Cache`, and uses `gradient_sums` and `input_gradient`. It costs some ten
-microseconds more than a call of the functions: what runs eagerly does without, see `functional.py`.
+and not what is inside. An operator takes and returns tensors alone, so its backward has no `Cache`,
+and uses `gradient_sums` and `input_gradient`. It costs more than a call of the functions: what runs
+eagerly does without, see `functional.py`.
 """
 
 import math
