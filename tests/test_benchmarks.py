@@ -338,7 +338,13 @@ def started(folder, *arguments, **environment):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
+
+
+def heed_interrupts():
+    """Undo that whoever started the tests, in the background of a shell, ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_run_without_options_is_short_and_says_so(tmp_path):
