@@ -13,7 +13,7 @@ classes at a time, as it does where data stay where they were collected.
 
 Run it under mpiexec; it prints a table and draws a PNG:
 
-    pip install "bn_cy[examples,mpi]" mpich
+    pip install ".[examples,mpi]" mpich
     mpiexec -n 8 python -m mpi4py examples/train_distributed.py
 """
 
@@ -32,7 +32,7 @@ try:
     from threadpoolctl import threadpool_limits
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    sys.exit(f'train_distributed.py needs {error.name}: pip install "bn_cy[examples,mpi]" mpich')
+    sys.exit(f'train_distributed.py needs {error.name}: pip install ".[examples,mpi]" mpich')
 
 from bn_cy import BatchNorm, SyncBatchNorm, recalibrate
 

@@ -378,7 +378,7 @@ def test_to_onnx_and_back(rng, monkeypatch, scale, shift, training):
 
 def test_onnx_is_asked_for_by_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ModuleNotFoundError, match=r'to_onnx needs onnx: pip .*"bn_cy\[onnx\]"'):
+    with pytest.raises(ModuleNotFoundError, match="to_onnx needs onnx: pip install onnx"):
         convert.to_onnx(BatchNorm(5).eval())
 
 

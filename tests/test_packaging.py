@@ -124,7 +124,7 @@ except ModuleNotFoundError as error:
     print(error)
 """
     assert " ".join(run_python(code, tmp_path)) == (
-        'bn_cy.torch needs torch: pip install "bn_cy[torch]"'
+        "bn_cy.torch needs torch: pip install torch"
     )
 
 

@@ -163,7 +163,7 @@ class Trace:
         Raises
         ------
         ModuleNotFoundError
-            matplotlib is missing. The extra ``bn_cy[graph]`` brings it.
+            matplotlib is missing.
         """
         from bn_cy.graph.draw import draw
 

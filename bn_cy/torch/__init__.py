@@ -12,7 +12,7 @@ Each uses those below it, and the functions of bn_cy.
 from importlib.util import find_spec
 
 if find_spec("torch") is None:
-    raise ModuleNotFoundError('bn_cy.torch needs torch: pip install "bn_cy[torch]"', name="torch")
+    raise ModuleNotFoundError("bn_cy.torch needs torch: pip install torch", name="torch")
 
 from bn_cy.torch.distributed import SyncBatchNorm
 from bn_cy.torch.exchange import replace
