@@ -319,6 +319,31 @@ def test_few_distinct_values(rng, kind, shape, axis):
     assert dgamma_error(of_pieces, dout, x, axis) <= bound
 
 
+BY_TURNS_IN = [
+    ((10_000, 12), 1),
+    ((100_000, 12), 1),
+    ((1_000_000, 1), 1),
+    ((32, 6, 28, 28), 1),
+    ((2, 6, 150, 150), 1),
+    ((16, 30, 30, 40), -1),
+    ((3, 300_000), 0),
+]
+
+
+@pytest.mark.parametrize("period", [2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 15, 16, 28, 32, 64, 224, 256])
+@pytest.mark.parametrize(("shape", "axis"), BY_TURNS_IN)
+def test_values_that_come_by_turns(rng, shape, axis, period):
+    """Neighbours are never the same, and all groups of rows are of few kinds."""
+    features, rest = shape[axis], np.delete(shape, axis)
+    values = rng.standard_normal((period, features)).astype(np.float32)
+    turns = values[np.arange(rest.prod()) % period].reshape(*rest, features)
+    x = np.ascontiguousarray(np.moveaxis(turns, -1, axis))
+    dout = (rng.choice([1, 10, 1000]) + rng.standard_normal(shape)).astype(np.float32)
+    _, cache = batchnorm_forward(x, np.ones(features), axis=axis)
+    _, dgamma, _ = batchnorm_backward(dout, cache)
+    assert dgamma_error(dgamma, dout, x, axis) <= SUMS
+
+
 def test_two_values_whose_difference_is_rounded_and_has_few_digits(rng):
     """The shift is the one that all samples are, so that its own deviations say nothing; and those
     of the other, which were all rounded, end in zeros as if they had not been."""

@@ -10,6 +10,8 @@ from libc.string cimport memcpy
 cdef enum:
     # Values of a single row of a run that are summed as a group of rows is.
     STRIP = GROUP * LANES
+    # Values of a piece for each comparison along it: a percent of the work.
+    VALUES_FOR_EACH = 1024
     # Steps of LANES columns whose eight rows are summed as two halves, at the most: 16 KB of x and
     # dout, half of L1.
     STEPS = 16
@@ -23,6 +25,19 @@ cdef inline unsigned all_bits(const unsigned *bits) noexcept nogil:
     for j in range(LANES):
         found |= bits[j]
     return found
+
+
+cdef void compare_along(
+    unsigned *bits, const floating[:, ::1] x, real shift,
+) noexcept nogil:
+    """LANES values with some that are DISTANCES behind them in their row. A single short row is
+    spared this: it would take a twentieth of its time."""
+    cdef Py_ssize_t j, k
+    for k in range(min(<Py_ssize_t>APART, x.shape[0] * x.shape[1] // VALUES_FOR_EACH)):
+        if 2 * DISTANCES[k] > x.shape[1]:
+            return
+        for j in range(LANES):
+            bits[j] |= repeated(x[COMPARED, j], x[COMPARED, j + DISTANCES[k]], shift)
 
 
 cdef inline void sum_steps(
@@ -83,6 +98,8 @@ cdef inline void sum_groups(
             lanes1[k] += terms8(x, dout, i, j, shift, gate, way)
             lanes2[k] += products8(x, dout, i, j, shift, scale, gate, way)
             bits[k] |= repeated(x[i + COMPARED, j], x[i + COMPARED + 1, j], shift)
+    if real is float:
+        compare_along(bits, x, shift)
     sum1[0] += fold_lanes(lanes1)
     sum2[0] += doubted(fold_lanes(lanes2), all_bits(bits), shift)
 

@@ -22,8 +22,8 @@
 # The rounding errors of the groups average out, unless a feature has few distinct values: these
 # round in the same few ways all over, and what that leaves of the mean counts n times in dgamma
 # where dout has a mean. So values that repeat are noticed, as two rows of each group are compared
-# (`repeated`). They make NaN of the second sum, which is then in doubt as one that overflowed is,
-# and is summed again in double.
+# (`repeated`), and for values that come by turns some that are further apart. They make NaN of the
+# second sum, which is then in doubt as one that overflowed is, and is summed again in double.
 
 from libc.math cimport NAN
 from libc.string cimport memset
@@ -59,6 +59,15 @@ cdef enum:
     # The row of a group that is compared with the next one. They are in registers at that time; and
     # the first one may be what the shift was sampled from, and have no bits.
     COMPARED = HALF - 2
+    # How many DISTANCES there are, and rows for each: a percent of the work.
+    APART = 16
+    ROWS_FOR_EACH = 40
+
+# Values so far apart are compared, too, up to half of what there is: what comes by turns returns at
+# every multiple of its period, and most periods divide one of these.
+cdef Py_ssize_t[APART] DISTANCES
+DISTANCES[:] = [
+    30, 28, 64, 60, 72, 100, 150, 168, 224, 256, 360, 500, 720, 784, 1000, 1024]
 
 
 cdef inline Gate gate_at(const real[:, ::1] centres, Py_ssize_t j, Direction way) noexcept nogil:
@@ -135,6 +144,20 @@ cdef inline double doubted(double total, unsigned bits, real shift) noexcept nog
         return NAN if bits & (~0 if float_bits(shift) & FINE_BITS else FINE_BITS) else total
     else:
         return total
+
+
+cdef void compare_rows(
+    unsigned *bits, const floating[:, ::1] x, const real[:, ::1] centres,
+) noexcept nogil:
+    """A row, or the next one, with some that are DISTANCES below it. Of one alone all values may be
+    the shift, and have no bits."""
+    cdef Py_ssize_t i, j, k
+    for k in range(min(<Py_ssize_t>APART, x.shape[0] // ROWS_FOR_EACH)):
+        if 2 * DISTANCES[k] > x.shape[0]:
+            return
+        i = COMPARED + k % 2
+        for j in range(x.shape[1]):
+            bits[j] |= repeated(x[i, j], x[i + DISTANCES[k], j], centres[CENTRE, j])
 
 
 cdef inline real terms4(
@@ -225,6 +248,7 @@ cdef void sum_columns(
                 way)
             i += GROUP
         if real is float:
+            compare_rows(bits, x, centres)
             for j in range(width):
                 sums[SECOND, j] = doubted(sums[SECOND, j], bits[j], centres[CENTRE, j])
     if i + HALF <= rows:
