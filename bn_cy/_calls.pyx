@@ -204,11 +204,7 @@ cdef tuple gradients(Cache cache, dout, out):
     """What a backward returns, of a batch without a mask."""
     cdef Py_ssize_t features = cache.batch.shape.features
     cdef Block sums = rows_of(cache.batch, 2)
-    if cache.batch.fingerprint() != cache.fingerprint:
-        raise RuntimeError(
-            "x was changed after the forward, and the backward needs it: give the forward a copy, "
-            "x.copy(), or change x after the backward"
-        )
+    check_unchanged(cache)
     dtype = cache.batch.dtype()
     make = new_array if cache.batch.size else np.zeros
     dgamma = make(features, dtype) if cache.scaled else None
@@ -221,6 +217,50 @@ cdef tuple gradients(Cache cache, dout, out):
     if cache.beta_shape is not None:
         dbeta = dbeta.reshape(cache.beta_shape)
     return (dx, dgamma, dbeta, dresidual) if cache.added else (dx, dgamma, dbeta)
+
+
+def part_forward(
+    x, count, mean, var, gamma, beta, eps, axis, out, bint relu, residual
+):
+    """`frozen_forward` of a part of a batch, by the statistics of the whole, which has `count`
+    values a feature. The two halves of its backward follow."""
+    cdef Cache cache = frozen_cache(x, mean, var, axis)
+    cache.values = count
+    return run_forward(cache, x, gamma, beta, eps, out, relu, residual, False, NULL, True), cache
+
+
+def part_sums(Cache cache, dout):
+    """sum(dout) and sum(dout*xhat) over a part; and dresidual, or None if there was no residual."""
+    check_unchanged(cache)
+    dresidual = cache.batch.empty() if cache.added else None
+    return gradient_rows(cache, dout, dresidual), dresidual
+
+
+def part_gradient(Cache cache, dout, dresidual, sums, out):
+    """dx, given the sums over the whole; through a residual it is that of dresidual."""
+    cdef Block rows = rows_of(cache.batch, 2)
+    cdef double *of_whole = <double *>rows.start
+    cache.batch.row(of_whole, "sum_dout", sums[0])
+    cache.batch.row(of_whole + cache.batch.shape.features, "sum_dout_xhat", sums[1])
+    if cache.added:
+        dout = dresidual
+    return run_backward(cache, dout, None, None, dresidual, of_whole, False, out)
+
+
+cdef gradient_rows(Cache cache, dout, dresidual):
+    """sum(dout) and sum(dout*xhat), the first half of a backward: two rows of an array."""
+    cdef Memory memory
+    cdef void *to_dresidual
+    memory.held = 0
+    sums = np.zeros((2, cache.batch.shape.features))
+    try:
+        to_dresidual = NULL if dresidual is None else hold(&memory, "dresidual", dresidual).buf
+        launch_backward(
+            cache, NULL, NULL, NULL, to_dresidual, <double *>hold(&memory, "sums", sums).buf,
+            cache.batch.like_x(&memory, "dout", dout, True).buf, True)
+    finally:
+        release(&memory)
+    return sums
 
 
 cdef run_forward(
@@ -424,6 +464,16 @@ cdef double checked_count(count, bint empty) except -1:
     if not (value > 0 or empty):
         raise ValueError(f"count must be positive, got {count!r}")
     return value
+
+
+cdef int check_unchanged(Cache cache) except -1:
+    """Refuse a backward whose x is no longer that of the forward."""
+    if cache.batch.fingerprint() != cache.fingerprint:
+        raise RuntimeError(
+            "x was changed after the forward, and the backward needs it: give the forward a copy, "
+            "x.copy(), or change x after the backward"
+        )
+    return 0
 
 
 def check_variance(str name, const double[::1] var):

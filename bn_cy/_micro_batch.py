@@ -49,8 +49,8 @@ class MicroBatch:
     Notes
     -----
     The parts are kept by reference until the backward, with O(features) numbers each, and, after a
-    residual and a ReLU, a bit a value. They must not change before it, which is not checked. The
-    means of float64 data are rounded to float64, as in eval mode.
+    residual and a ReLU, a bit a value. They must not change before it. The means of float64 data
+    are rounded to float64, as in eval mode.
 
     A layer that is used twice in a network needs a `MicroBatch` for each use.
 
@@ -166,35 +166,37 @@ class MicroBatch:
         Raises
         ------
         RuntimeError
-            If there was no forward since the last backward, or if the layer's mode has changed
-            since.
+            If there was no forward since the last backward, if the layer's mode has changed since,
+            or if a part was, as in `batchnorm_backward`.
         TypeError, ValueError
             As `BatchNorm.backward`, with the number of the part. The layer is unchanged.
         """
         caches = self._caches_for_backward()
         douts = one_each("douts", douts, caches)
         targets = [None if a is None else as_output(a) for a in one_each("out", out, caches)]
-        gated, sums = [], []
+        upstream, sums = [], []
         for number, (cache, dout, target) in enumerate(zip(caches, douts, targets, strict=True)):
             with naming(number):
                 checked_target(target, cache.x)
                 douts[number] = dout = as_plain("dout", dout)
-                gated.append(cache.gate(dout))
-                sums.append(cache.gradient_sums(gated[-1][0]))
+                of_part, from_above = cache.gradient_sums(dout)
+                sums.append(of_part)
+                upstream.append(from_above)
         check_apart(targets, [cache.x for cache in caches], "x")
         check_apart(targets, douts, "dout")
         check_apart(targets, targets, "out")
         whole = np.sum(np.reshape(sums, (-1, 2, self._layer.num_features)), axis=0)
-        dxs = [
-            cache.input_gradient(dout, whole, target)
-            for cache, (dout, *_), target in zip(caches, gated, targets, strict=True)
+        gradients = [
+            cache.input_gradients(*from_above, whole, target)
+            for cache, from_above, target in zip(caches, upstream, targets, strict=True)
         ]
         dbeta, dgamma = whole
         self._layer._keep_gradients(dgamma, dbeta)
         self._caches = None
+        dxs = [dx for dx, *_ in gradients]
         if not any(cache.residual for cache in caches):
             return dxs
-        return dxs, [dresidual for _, dresidual in gated]
+        return dxs, [rest[0] if rest else None for _, *rest in gradients]
 
     def __repr__(self):
         """As the expression that makes it."""
@@ -268,8 +270,8 @@ def naming(number):
     """Say in an error which part it is about."""
     try:
         yield
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = next(k for k in (TypeError, ValueError, RuntimeError) if isinstance(error, k))
         raise kind(f"part {number}: {error}") from error
 
 

@@ -2,18 +2,20 @@
 
 The parts may be on several ranks, or come one after the other. Either way a part is measured
 (`moments`), the parts are pooled, and every part is normalized by the result; in the backward the
-same happens to the two sums (`gradient_sums`), between the pass that makes them and the one that
-needs them (`input_gradient`).
+same happens to the two sums, between the pass that makes them and the one that needs them. What
+`gradient_sums` and `input_gradient` are told by their arguments, a `PartCache` knows from the
+forward.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from bn_cy import functional
+from bn_cy._calls import Cache, part_forward, part_gradient, part_sums
 from bn_cy._layout import as_float_dtype, as_output, axis_of, copy_all
 from bn_cy._masks import Kept
 from bn_cy._moments import Moments
+from bn_cy._running import take_in
 
 MOST_TRACKED = 2**63 - 1
 
@@ -28,25 +30,18 @@ class PartCache:
         This part of the batch, or what counts of it.
     moments : Moments
         Those of the whole batch.
-    gamma, beta : array or None
-        Copies of the parameters.
-    eps, axis, relu, residual
-        Those of the forward; whether there was a residual.
+    residual : bool
+        Whether there was one.
     local : Cache
-        What `frozen_forward` left: it keeps the signs of y.
+        What the forward left: it keeps the parameters and the signs of y.
     kept : Kept or None
         Which positions count, with a mask.
     """
 
     x: np.ndarray
     moments: Moments
-    gamma: np.ndarray | None
-    beta: np.ndarray | None
-    eps: float
-    axis: int
-    relu: bool
     residual: bool
-    local: functional.Cache
+    local: Cache
     kept: Kept | None = None
 
     @property
@@ -67,59 +62,36 @@ class PartCache:
     @classmethod
     def forward(cls, layer, x, moments, target, residual, kept=None):
         """Normalize x by the moments of the whole; return y and the cache."""
-        gamma, beta = (None if row is None else row.copy() for row in (layer.gamma, layer.beta))
-        then = {"axis": layer.axis, "relu": layer.relu}
         out = target if kept is None else None
-        y, local = functional.frozen_forward(
-            x, *moments[1:], gamma, beta, layer.eps, out=out, residual=residual, **then
+        y, local = part_forward(
+            x, *moments, layer.gamma, layer.beta, layer.eps, layer.axis, out, layer.relu, residual
         )
-        added = residual is not None
-        cache = cls(
-            x, moments, gamma, beta, layer.eps, **then, residual=added, local=local, kept=kept
-        )
-        return cache.whole(y, target), cache
-
-    def whole(self, rows, target):
-        """Return a result of the shape of the batch: with a mask, 0 where nothing counts."""
-        return rows if self.kept is None else self.kept.scatter(rows, target)
+        cache = cls(x, moments, residual is not None, local, kept)
+        return cache._whole(y, target), cache
 
     def target(self, out):
         """Return what a backward writes; None without a mask and an `out`."""
         return checked_target(out, self.x) if self.kept is None else self.kept.target(out)
 
-    def gate(self, dout):
-        """Return what of dout counts, and passes the ReLU behind a residual.
+    def gradient_sums(self, dout):
+        """Return sum(dout) and sum(dout*xhat) over this part, and what `input_gradients` needs.
 
-        Behind a residual it is returned twice: it is dresidual, too.
+        That is what counts of dout, and dresidual, which is None without a residual.
         """
         if self.kept is not None:
             dout = self.kept.gather("dout", dout)
-        if not self.residual:
-            return (dout,)
-        *_, dresidual = functional.batchnorm_backward(dout, self.local)
-        return dresidual, dresidual
+        sums, dresidual = part_sums(self.local, dout)
+        return sums, (dout, dresidual)
 
-    def gradient_sums(self, dout):
-        """Return sum(dout) and sum(dout*xhat) over this part."""
-        mean, var = self.moments[1:]
-        return functional.gradient_sums(
-            dout, self.x, mean, var, self.eps, gamma=self.gamma, **self._then
-        )
-
-    def input_gradient(self, dout, sums, target):
-        """Return dx, given the sums over the whole."""
-        count, mean, var = self.moments
+    def input_gradients(self, dout, dresidual, sums, target):
+        """Return dx, given the sums over the whole, and dresidual if there was a residual."""
         out = target if self.kept is None else None
-        dx = functional.input_gradient(
-            dout, self.x, mean, var, self.gamma, self.eps, *sums, count, out=out, **self._then
-        )
-        return self.whole(dx, target)
+        dx = self._whole(part_gradient(self.local, dout, dresidual, sums, out), target)
+        return (dx, self._whole(dresidual, self.target(None))) if self.residual else (dx,)
 
-    @property
-    def _then(self):
-        """What follows, for the verbs; behind a residual `gate` has seen to the ReLU."""
-        relu = self.relu and not self.residual
-        return {"axis": self.axis, "relu": relu, "beta": self.beta}
+    def _whole(self, rows, target):
+        """Return a result of the shape of the batch: with a mask, 0 where nothing counts."""
+        return rows if self.kept is None else self.kept.scatter(rows, target)
 
 
 # Running statistics
@@ -137,24 +109,15 @@ def is_counted(layer, moments, update):
 def count_batches(layer, batches):
     """Take batches, given by their moments, into the running statistics, as the kernels do."""
     with layer._lock:
-        mean, var, tracked = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        mean, var = layer.running_mean.copy(), layer.running_var.copy()
+        tracked = layer.num_batches_tracked
         for n, batch_mean, batch_var in batches:
             tracked += 1
             weight = 1 / tracked if layer.momentum is None else layer.momentum
-            mean = averaged(mean, batch_mean, weight)
-            var = averaged(var, batch_var * (n / (n - 1)) if layer.unbiased else batch_var, weight)
+            correction = n / (n - 1) if layer.unbiased else 1
+            take_in(mean, var, batch_mean, batch_var, weight, correction)
         new = [mean, var, np.array(min(tracked, MOST_TRACKED), np.int64)]
         copy_all(new, [layer.running_mean, layer.running_var, layer._tracked])
-
-
-def averaged(running, batch, weight):
-    """Return a running statistic after a batch; its twin is `average` in kernels/moments.pxi."""
-    if weight == 0:
-        return running.copy()
-    if weight == 1:
-        return batch.copy()
-    with np.errstate(invalid="ignore"):
-        return running + weight * (batch - running)
 
 
 # Checks, made of all parts before anything is written

@@ -264,7 +264,7 @@ def to_onnx(layer: BatchNorm, *, prefix: str = "") -> tuple[Any, list[Any]]:
         from onnx import helper, numpy_helper
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'to_onnx needs {error.name}: pip install onnx', name=error.name
+            f"to_onnx needs {error.name}: pip install onnx", name=error.name
         ) from error
     inputs = [prefix + name for name in ("X", *ONNX_INPUTS)]
     outputs = [prefix + name for name in ("Y", "running_mean", "running_var")]

@@ -19,8 +19,6 @@ permutation of its axes, is used as it is; any other is copied once. An array or
 library in the processor's memory is taken as it is, as x, as dout and as ``out``.
 """
 
-import numpy as np
-
 from bn_cy._buffers import clear_buffers
 from bn_cy._calls import Cache
 from bn_cy._layout import as_plain
@@ -31,10 +29,10 @@ from bn_cy._resources import _stream_from  # no-cython-lint: for tests and measu
 from bn_cy._buffers cimport Block
 from bn_cy._calls cimport Cache as Call
 from bn_cy._calls cimport (
-    checked_count, describe, frozen_cache, gradients, launch_backward, launch_forward,
+    checked_count, describe, frozen_cache, gradient_rows, gradients, launch_forward,
     measured_cache, rows_of, run_backward, run_forward,
 )
-from bn_cy._layout cimport Memory, batch_of, hold, release
+from bn_cy._layout cimport batch_of
 from bn_cy.kernels cimport MEAN, VAR
 
 __all__ = [
@@ -354,16 +352,8 @@ def gradient_sums(
     (array([3.]), array([1.]))
     """
     cdef Call cache = frozen_cache(x, mean, var, axis)
-    cdef Memory memory
-    sums = np.zeros((2, cache.batch.shape.features))
     describe(cache, gamma, beta, eps, relu)
-    memory.held = 0
-    try:
-        launch_backward(
-            cache, NULL, NULL, NULL, NULL, <double *>hold(&memory, "sums", sums).buf,
-            cache.batch.like_x(&memory, "dout", dout, True).buf, True)
-    finally:
-        release(&memory)
+    sums = gradient_rows(cache, dout, None)
     return sums[0], sums[1]
 
 

@@ -150,14 +150,12 @@ class SyncBatchNorm(BatchNorm):
         sums = failure = None
         try:
             target = cache.target(out)
-            dout, *dresidual = cache.gate(dout)
-            sums = cache.gradient_sums(dout)
+            sums, upstream = cache.gradient_sums(dout)
         except Exception as error:
             failure = error
         whole = self._need_ranks().add(sums, failure)
         dbeta, dgamma = sums
-        dx = cache.input_gradient(dout, whole, target)
-        dresidual = [cache.whole(gradient, cache.target(None)) for gradient in dresidual]
+        dx, *dresidual = cache.input_gradients(*upstream, whole, target)
         return dx if out is None else out, dgamma, dbeta, *dresidual
 
     def _check_cache(self, cache):

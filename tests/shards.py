@@ -365,6 +365,25 @@ def errors_of_one_rank(comm, seed):
     assert_alike(comm, layer)
 
 
+def a_part_that_changed(comm, seed):
+    """x was changed on one rank between a forward and its backward: noticed on all."""
+    rng = np.random.default_rng(seed)
+    x, residual, dout = rng.standard_normal((3, 4, FEATURES))
+    at_fault = int(rng.integers(comm.Get_size()))
+    for extra in ({}, {"residual": residual}):
+        layer = SyncBatchNorm(FEATURES, comm=comm, relu=True, dtype=np.float64)
+        before = x.copy()
+        layer(x, **extra)
+        grads = {name: grad.copy() for name, grad in layer.grads.items()}
+        if comm.Get_rank() == at_fault:
+            x *= 2
+        with pytest.raises(RuntimeError, match=f"^rank {at_fault}: x was changed after the forw"):
+            layer.backward(dout)
+        assert_same(layer.grads, grads)
+        x[...] = before
+        layer.backward(dout)
+
+
 def several_errors_at_once(comm, seed):
     """The first rank's is everybody's."""
     layer = SyncBatchNorm(FEATURES, comm=comm)
@@ -415,6 +434,7 @@ PROGRAMS = [
     modes,
     copies_and_pickles,
     errors_of_one_rank,
+    a_part_that_changed,
     several_errors_at_once,
     widths_that_differ,
     digest,

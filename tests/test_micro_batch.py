@@ -316,6 +316,22 @@ def test_a_refused_backward_changes_nothing(rng, douts, out, kind, message):
     micro.backward(X)
 
 
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_part_that_was_changed_is_noticed(rng, training, adds):
+    xs = rng.standard_normal(X.shape)
+    layer = trained(rng).train(training)
+    micro = MicroBatch(layer)
+    micro.forward(xs, residuals=X if adds else None)
+    before, kept = snapshot(layer), xs[1].copy()
+    xs[1] += 1
+    with pytest.raises(RuntimeError, match="part 1: x was changed after the forward"):
+        micro.backward(X)
+    assert_same_state(snapshot(layer), before)
+    xs[1] = kept
+    micro.backward(X)
+
+
 @pytest.mark.parametrize("parts", [X[:1, :1], [X[0, :1], X[0, :0]]])
 def test_a_single_value_altogether_has_no_variance(rng, parts):
     layer = trained(rng)

@@ -123,9 +123,7 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    assert " ".join(run_python(code, tmp_path)) == (
-        "bn_cy.torch needs torch: pip install torch"
-    )
+    assert " ".join(run_python(code, tmp_path)) == ("bn_cy.torch needs torch: pip install torch")
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 import bn_cy
+from bn_cy._running import take_in
 
 __all__ = ["array_of", "backward", "forward", "gradients", "tensor_of", "update_running"]
 
@@ -70,17 +70,6 @@ def update_running(
 
     In float64, rounded once. What is too large for float32 becomes infinite, in silence.
     """
-    mean, var = batch.mean, batch.var
-    if not running_mean.shape == running_var.shape == mean.shape:
-        raise ValueError(
-            f"running_mean and running_var must have shape {mean.shape}, one value per channel of "
-            f"the input, got {tuple(running_mean.shape)} and {tuple(running_var.shape)}"
-        )
-    with np.errstate(over="ignore", invalid="ignore"):
-        blend(running_mean.numpy(), mean, momentum)
-        blend(running_var.numpy(), var * (batch.count / (batch.count - 1)), momentum)
-
-
-def blend(running: NDArray[Any], value: NDArray[Any], momentum: float) -> None:
-    """Set ``running = (1 - momentum)*running + momentum*value``."""
-    running[...] = (1 - momentum) * running.astype(np.float64) + momentum * value
+    correction = batch.count / (batch.count - 1)
+    running = running_mean.numpy(), running_var.numpy()
+    take_in(*running, batch.mean, batch.var, momentum, correction)
