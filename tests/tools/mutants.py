@@ -101,6 +101,7 @@ if platform.machine() == "x86_64":
 setup.GCC_INLINING = []
 setup.GCC_TUNING = []
 setuptools.setup(
+    long_description=setup.long_description(), long_description_content_type="text/markdown",
     ext_modules=setup.extensions(), cmdclass={"build_ext": setup.BuildExtensions},
     script_args=["build", "--build-base", "objects", "--build-lib", "../site"])
 """
