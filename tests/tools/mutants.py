@@ -123,8 +123,8 @@ def all_mutants():
 def write_sources(chosen):
     """Lay a copy of the package in which each mutant stands behind its number, from 1 on."""
     copy = WORK / "source"
-    for path in (CHECKOUT / "bn_cy").rglob("*.p*"):
-        if path.suffix in (".py", ".pyx", ".pxd", ".pxi"):
+    for path in (CHECKOUT / "bn_cy").rglob("*.*"):
+        if path.suffix in (".py", ".pyx", ".pxd", ".pxi", ".h", ".txt"):
             text = path.read_text()
             name = path.relative_to(CHECKOUT).as_posix()
             mine = [(n, mutant) for n, mutant in enumerate(chosen, 1) if mutant.file == name]

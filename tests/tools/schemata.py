@@ -9,7 +9,9 @@ condition, or drops a statement. `rewrite` puts every mutant beside what it repl
                                     else:
                                         total += x[j]
 
-    while k < count:    becomes     while ((k <= count) if _mutant(2) else (k < count)):
+    while k < count:    becomes     while (
+                                        (1 if k <= count else 0) if _mutant(2)
+                                        else (1 if k < count else 0)):
 
 Not mutated is what the compiler resolves, so that no switch can reach it: sizes of arrays, members
 of an enum, conditions on a fused type, the step of a range, C code. Types in declarations and casts
@@ -55,6 +57,7 @@ KEYWORDS = {
     "for",
     "lambda",
 }
+CONDITION = re.compile(r" *(if|elif|while)\b")
 SWITCH = 'cdef extern from "mutants.h" nogil:\n    bint _mutant(int number) noexcept\n\n'
 PYTHON_SWITCH = "from bn_cy._mutants import chosen as _mutant\n"
 
@@ -263,10 +266,15 @@ def switched(text, region, numbered):
         (number, edited(text, region.start, region.stop, mutant.edits))
         for number, mutant in numbered
     ]
+    line = text.rfind("\n", 0, region.start) + 1
     if not region.statement:
-        chain = " else ".join(f"({new}) if _mutant({number})" for number, new in variants)
-        return f"({chain} else ({original}))"
-    indent = " " * (region.start - (text.rfind("\n", 0, region.start) + 1))
+        # Of a choice between conditions that are objects in part, Cython makes an object of a bint.
+        form = "(1 if {} else 0)" if CONDITION.match(text, line) else "({})"
+        chain = " else ".join(
+            f"{form.format(new)} if _mutant({number})" for number, new in variants
+        )
+        return f"({chain} else {form.format(original)})"
+    indent = " " * (region.start - line)
     chain = f"\n{indent}el".join(
         f"if _mutant({number}):\n{indent}    {new}" for number, new in variants
     )
