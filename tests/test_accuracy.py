@@ -319,6 +319,38 @@ def test_few_distinct_values(rng, kind, shape, axis):
     assert dgamma_error(of_pieces, dout, x, axis) <= bound
 
 
+GRADIENTS_OF_FEW_VALUES = {
+    "of a mean": lambda rng, shape: np.full(shape, 1 / np.prod(shape)),
+    "constant": lambda rng, shape: np.full(shape, rng.standard_normal()),
+    "of absolute values": lambda rng, shape: (
+        np.where(rng.random(shape) < 0.3, -1, 1) / np.prod(shape)
+    ),
+    "of a hinge": lambda rng, shape: np.where(rng.random(shape) < 0.5, 0, rng.standard_normal()),
+}
+ALSO_FEW = {
+    "rectified": lambda rng, shape: np.maximum(0, rng.standard_normal(shape)),
+    "dropped": lambda rng, shape: 2 * rng.standard_normal(shape) * (rng.random(shape) < 0.5),
+}
+
+
+@pytest.mark.parametrize(("shape", "axis"), FEW_VALUES_IN)
+@pytest.mark.parametrize("kind", FEW_VALUES | ALSO_FEW)
+def test_few_distinct_values_and_a_gradient_of_few(rng, kind, shape, axis):
+    """The products with dout are then few, too, and rounded where the values were not."""
+    x = (FEW_VALUES | ALSO_FEW)[kind](rng, shape).astype(np.float32)
+    name = rng.choice([*GRADIENTS_OF_FEW_VALUES])
+    print("dout is the gradient", name)
+    dout = GRADIENTS_OF_FEW_VALUES[name](rng, shape).astype(np.float32)
+    _, cache = batchnorm_forward(x, np.ones(shape[axis]), axis=axis)
+    found = moments(x, axis=axis)
+    _, dgamma, _ = batchnorm_backward(dout, cache)
+    _, of_pieces = gradient_sums(dout, x, found.mean, found.var, axis=axis)
+    rarely = kind == "a dark image" and 1000 <= x.size // shape[axis] < 10_000
+    bound = UNNOTICED if rarely else SUMS
+    assert dgamma_error(dgamma, dout, x, axis) <= bound
+    assert dgamma_error(of_pieces, dout, x, axis) <= bound
+
+
 BY_TURNS_IN = [
     ((10_000, 12), 1),
     ((100_000, 12), 1),
@@ -330,7 +362,7 @@ BY_TURNS_IN = [
 ]
 
 
-@pytest.mark.parametrize("period", [2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 15, 16, 28, 32, 64, 224, 256])
+@pytest.mark.parametrize("period", [2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 15, 16, 28, 32])
 @pytest.mark.parametrize(("shape", "axis"), BY_TURNS_IN)
 def test_values_that_come_by_turns(rng, shape, axis, period):
     """Neighbours are never the same, and all groups of rows are of few kinds."""

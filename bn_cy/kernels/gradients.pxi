@@ -88,25 +88,30 @@ cdef inline void spread_centres(
         spread_gate(columns, s, kind, g, b)
 
 
-cdef inline bint overflowed(const double[:, ::1] sums) noexcept nogil:
+cdef inline bint find_unsure(long long *suspect, const double[:, ::1] sums) noexcept nogil:
+    """Which features have a sum that overflowed, or is in doubt, and whether there are any."""
     cdef Py_ssize_t f
     cdef long long found = 0  # and `&`: as in `find_moments`
     for f in range(sums.shape[1]):
-        found |= not ((fabs(sums[FIRST, f]) <= LARGEST) & (fabs(sums[SECOND, f]) <= LARGEST))
+        suspect[f] = not ((fabs(sums[FIRST, f]) <= LARGEST) & (fabs(sums[SECOND, f]) <= LARGEST))
+        found |= suspect[f]
     return found != 0
 
 
 cdef void rescue_gradients(
-    int way, double[:, ::1] sums, const double[:, ::1] centres, const double[:, ::1] s,
-    const floating[:, :, ::1] dout, const floating[:, :, ::1] x, const Grid *g, const Block *b,
-    double[:, :, ::1] levels,
+    int way, double[:, ::1] sums, const long long *suspect, const double[:, ::1] centres,
+    const double[:, ::1] s, const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
+    const Grid *g, const Block *b, double[:, :, ::1] levels,
 ) noexcept nogil:
-    """Where a sum of floats overflowed, or is in doubt: the same with every term in double."""
+    """Suspects again, a stretch of them at a time, with every term in double."""
     cdef Grid r = single_rows(g)
     cdef Block stretch
     cdef Py_ssize_t first = 0, size, half = max(<Py_ssize_t>1, b.size // 2)
     while first < b.size:
-        size = min(half, b.size - first)
+        if not suspect[first]:
+            first += 1
+            continue
+        size = min(half, end_of_stretch(suspect, first, g, b) - first)
         stretch = block_at(&r, b.start + first, size)
         rescue_sums(
             way, tile(sums, 0, first, SUMS, size), tile(centres, 0, first, CENTRES, size),
@@ -123,13 +128,12 @@ cdef void rescue_sums(
     cdef double storage[SUMS * RESCUED]
     cdef double[:, ::1] wide = rows_of(storage, SUMS, b.size, RESCUED)
     cdef double[:, ::1] columns = rows_of(scratch, GATED_CENTRES, b.width, b.pitch)
-    cdef Py_ssize_t f, k
+    cdef Py_ssize_t f
     spread_centres(way, columns, centres, s, <floating>0, g, b)
     sums_of_block(way, wide, x, dout, columns, g, b, levels)
-    for k in range(SUMS):
-        for f in range(b.size):
-            if not isfinite(sums[k, f]):
-                sums[k, f] = wide[k, f]
+    for f in range(b.size):
+        if not (isfinite(sums[FIRST, f]) and isfinite(sums[SECOND, f])):
+            sums[FIRST, f], sums[SECOND, f] = wide[FIRST, f], wide[SECOND, f]
 
 
 cdef void find_dgamma(
@@ -168,9 +172,10 @@ cdef void finish_gradients(
     const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
     const Grid *g, const Block *b, double[:, :, ::1] levels,
 ) noexcept nogil:
-    cdef bint unsure = overflowed(sums)
+    cdef long long suspect[WIDTH]
+    cdef bint unsure = find_unsure(suspect, sums)
     if floating is float and unsure:
-        rescue_gradients(way, sums, centres, s, dout, x, g, b, levels)
+        rescue_gradients(way, sums, suspect, centres, s, dout, x, g, b, levels)
     find_dgamma(sums, centres, s)
     if unsure:
         settle_nans(sums)

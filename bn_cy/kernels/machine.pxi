@@ -119,6 +119,12 @@ cdef extern from *:
         return bn_float_bits(a) & -(uint32_t)(bn_float_bits(a) == bn_float_bits(b));
     }
 
+    /* The bits of a product that equals another, and of its factor, unless it is 0; else none. */
+    static inline uint32_t bn_repeated_product(float a, float b, float factor) {
+        uint32_t same = (bn_float_bits(a) == bn_float_bits(b)) & (a != 0);
+        return (bn_float_bits(a) | bn_float_bits(factor)) & -same;
+    }
+
     /* Which of eight values are positive, a bit each from the lowest on. */
     static inline unsigned bn_positive_floats(const float *y) {
     #if defined(__AVX__)
@@ -224,6 +230,8 @@ cdef extern from *:
     double where_double "bn_where_double"(double value, double a, double b) noexcept nogil
     unsigned float_bits "bn_float_bits"(float value) noexcept nogil
     unsigned repeated_bits "bn_repeated"(float a, float b) noexcept nogil
+    unsigned repeated_product "bn_repeated_product"(
+        float a, float b, float factor) noexcept nogil
     unsigned positive_floats "bn_positive_floats"(const float *y) noexcept nogil
     unsigned positive_doubles "bn_positive_doubles"(const double *y) noexcept nogil
     void open_floats "bn_open_floats"(

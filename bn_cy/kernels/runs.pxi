@@ -28,16 +28,20 @@ cdef inline unsigned all_bits(const unsigned *bits) noexcept nogil:
 
 
 cdef void compare_along(
-    unsigned *bits, const floating[:, ::1] x, real shift,
+    unsigned *bits, const floating[:, ::1] x, const floating[:, ::1] dout,
+    real shift, real scale, Gate gate, Direction way,
 ) noexcept nogil:
     """LANES values with some that are DISTANCES behind them in their row. A single short row is
     spared this: it would take a twentieth of its time."""
-    cdef Py_ssize_t j, k
+    cdef Py_ssize_t j, k, at
     for k in range(min(<Py_ssize_t>APART, x.shape[0] * x.shape[1] // VALUES_FOR_EACH)):
         if 2 * DISTANCES[k] > x.shape[1]:
             return
         for j in range(LANES):
-            bits[j] |= repeated(x[COMPARED, j], x[COMPARED, j + DISTANCES[k]], shift)
+            at = j + DISTANCES[k]
+            bits[j] |= repeated(
+                x[COMPARED, j], x[COMPARED, at], dout[COMPARED, j], dout[COMPARED, at],
+                shift, scale, gate, way)
 
 
 cdef inline void sum_steps(
@@ -56,16 +60,16 @@ cdef inline void sum_steps(
                 at = start + k * LANES + j
                 lanes1[j] += terms8(x, dout, i, at, shift, gate, way)
                 lanes2[j] += products8(x, dout, i, at, shift, scale, gate, way)
-                bits[j] |= repeated(
-                    x[i + COMPARED, at], x[i + COMPARED + 1, at], shift)
+                bits[j] |= repeated_rows(
+                    x, dout, i + COMPARED, i + COMPARED + 1, at, shift, scale, gate, way)
     else:
         for k in range(steps):
             for j in range(LANES):
                 at = k * LANES + j
                 terms[at] = terms4(x, dout, i, start + at, shift, gate, way)
                 products[at] = products4(x, dout, i, start + at, shift, scale, gate, way)
-                bits[j] |= repeated(
-                    x[i + COMPARED, start + at], x[i + COMPARED + 1, start + at], shift)
+                bits[j] |= repeated_rows(
+                    x, dout, i + COMPARED, i + COMPARED + 1, start + at, shift, scale, gate, way)
         for k in range(steps):
             for j in range(LANES):
                 at = k * LANES + j
@@ -97,9 +101,10 @@ cdef inline void sum_groups(
             k = j - steps * LANES
             lanes1[k] += terms8(x, dout, i, j, shift, gate, way)
             lanes2[k] += products8(x, dout, i, j, shift, scale, gate, way)
-            bits[k] |= repeated(x[i + COMPARED, j], x[i + COMPARED + 1, j], shift)
+            bits[k] |= repeated_rows(
+                x, dout, i + COMPARED, i + COMPARED + 1, j, shift, scale, gate, way)
     if real is float:
-        compare_along(bits, x, shift)
+        compare_along(bits, x, dout, shift, scale, gate, way)
     sum1[0] += fold_lanes(lanes1)
     sum2[0] += doubted(fold_lanes(lanes2), all_bits(bits), shift)
 

@@ -21,9 +21,10 @@
 #
 # The rounding errors of the groups average out, unless a feature has few distinct values: these
 # round in the same few ways all over, and what that leaves of the mean counts n times in dgamma
-# where dout has a mean. So values that repeat are noticed, as two rows of each group are compared
-# (`repeated`), and for values that come by turns some that are further apart. They make NaN of the
-# second sum, which is then in doubt as one that overflowed is, and is summed again in double.
+# where dout has a mean. Where dout has few values, too, so do the products. So what repeats is
+# noticed (`repeated`), as two rows of each group are compared, and for values that come by turns
+# some that are further apart. It makes NaN of the second sum, which is then in doubt as one that
+# overflowed is, and is summed again in double.
 
 from libc.math cimport NAN
 from libc.string cimport memset
@@ -128,12 +129,20 @@ cdef inline real product(
         return <real>upstream(x, dout, gate, way) * ((<real>x - shift) * scale)
 
 
-cdef inline unsigned repeated(floating x, floating other, real shift) noexcept nogil:
-    """The bits of x - shift, if it is the same of another value. In double it does not matter."""
+cdef inline unsigned repeated(
+    floating x1, floating x2, floating dout1, floating dout2, real shift, real scale, Gate gate,
+    Direction way,
+) noexcept nogil:
+    """The bits of x - shift if two are the same, and those of its product with dout and of dout
+    likewise: a product that was rounded may end in zeros. In double it does not matter."""
+    cdef unsigned bits = 0
     if real is float:
-        return repeated_bits(<real>x - shift, <real>other - shift)
-    else:
-        return 0
+        bits = repeated_bits(<real>x1 - shift, <real>x2 - shift)
+        if Direction is not Forwards:  # whose square has other last bits than x - shift
+            bits |= repeated_product(
+                product(x1, dout1, shift, scale, gate, way),
+                product(x2, dout2, shift, scale, gate, way), <real>dout1)
+    return bits
 
 
 cdef inline double doubted(double total, unsigned bits, real shift) noexcept nogil:
@@ -146,18 +155,32 @@ cdef inline double doubted(double total, unsigned bits, real shift) noexcept nog
         return total
 
 
+cdef inline unsigned repeated_rows(
+    const floating[:, ::1] x, const floating[:, ::1] dout, Py_ssize_t i, Py_ssize_t other,
+    Py_ssize_t j, real shift, real scale, Gate gate, Direction way,
+) noexcept nogil:
+    """The same of two rows in column j."""
+    return repeated(
+        x[i, j], x[other, j], dout[i, j], dout[other, j], shift, scale, gate, way)
+
+
 cdef void compare_rows(
-    unsigned *bits, const floating[:, ::1] x, const real[:, ::1] centres,
+    unsigned *bits, const floating[:, ::1] x, const floating[:, ::1] dout,
+    const real[:, ::1] centres, Direction way,
 ) noexcept nogil:
     """A row, or the next one, with some that are DISTANCES below it. Of one alone all values may be
     the shift, and have no bits."""
     cdef Py_ssize_t i, j, k
+    cdef real scale
     for k in range(min(<Py_ssize_t>APART, x.shape[0] // ROWS_FOR_EACH)):
         if 2 * DISTANCES[k] > x.shape[0]:
             return
         i = COMPARED + k % 2
         for j in range(x.shape[1]):
-            bits[j] |= repeated(x[i, j], x[i + DISTANCES[k], j], centres[CENTRE, j])
+            scale = 1 if Direction is Forwards else centres[CENTRE_SCALE, j]
+            bits[j] |= repeated_rows(
+                x, dout, i, i + DISTANCES[k], j, centres[CENTRE, j], scale,
+                gate_at(centres, j, way), way)
 
 
 cdef inline real terms4(
@@ -216,14 +239,16 @@ cdef void sum_group(
             gate = gate_at(centres, j, way)
             sums[FIRST, j] += terms8(x, dout, 0, j, shift, gate, way)
             sums[SECOND, j] += products8(x, dout, 0, j, shift, scale, gate, way)
-            bits[j] |= repeated(x[COMPARED, j], x[COMPARED + 1, j], shift)
+            bits[j] |= repeated_rows(
+                x, dout, COMPARED, COMPARED + 1, j, shift, scale, gate, way)
     else:
         for j in range(x.shape[1]):
             shift, scale = centres[CENTRE, j], centres[CENTRE_SCALE, j]
             gate = gate_at(centres, j, way)
             terms[j] = terms4(x, dout, 0, j, shift, gate, way)
             products[j] = products4(x, dout, 0, j, shift, scale, gate, way)
-            bits[j] |= repeated(x[COMPARED, j], x[COMPARED + 1, j], shift)
+            bits[j] |= repeated_rows(
+                x, dout, COMPARED, COMPARED + 1, j, shift, scale, gate, way)
         for j in range(x.shape[1]):
             shift, scale = centres[CENTRE, j], centres[CENTRE_SCALE, j]
             gate = gate_at(centres, j, way)
@@ -248,7 +273,7 @@ cdef void sum_columns(
                 way)
             i += GROUP
         if real is float:
-            compare_rows(bits, x, centres)
+            compare_rows(bits, x, dout, centres, way)
             for j in range(width):
                 sums[SECOND, j] = doubted(sums[SECOND, j], bits[j], centres[CENTRE, j])
     if i + HALF <= rows:
