@@ -187,10 +187,6 @@ def training_forward(
         running.weight = 1 / (<double>count[0] + 1) if momentum is None else momentum
         running.nonfinite = nonfinite
         running.correction = cache.values / (cache.values - 1) if unbiased else 1
-        if out is not None:
-            array = as_output(out)
-            refuse_overlaps(
-                array, hold(&memory, "out", array), &memory, 2, "the running statistics")
         result[0] = run_tracked(cache, x, gamma, beta, eps, out, relu, residual, &running, before)
         result[2] = running.updated
     finally:

@@ -109,16 +109,26 @@ cdef as_array(str name, values):
     return values if type(values) is ndarray else as_plain(name, values)
 
 
+cdef int refuse_mask(str name, values) except -1:
+    """Refuse an array that has a mask of its own, and say what to pass instead."""
+    if type(values) is ndarray or not isinstance(values, ndarray) or not hasattr(values, "mask"):
+        return 0
+    way = f"{name}.data"
+    if name != "out":  # the copy that `filled` makes is not what shall be written
+        way += f" or {name}.filled(value)"
+    if name == "x":
+        way += (
+            "; batchnorm_forward, moments and BatchNorm take mask=, a flag for each position, "
+            "without the features (True counts)"
+        )
+    raise TypeError(f"{name} must have no mask, got {type(values).__name__}: pass {way}")
+
+
 def as_plain(name, values):
     """Return values as an array, of the same memory if they are a tensor or array of another
     library; TypeError where that would lose a mask, or be no array at all."""
     kind = type(values).__name__
-    if isinstance(values, ndarray) and hasattr(values, "mask"):
-        raise TypeError(
-            f"{name} must have no mask, got {kind}: pass {name}.data, and for what counts of it "
-            "mask= (True counts), or fill it with "
-            f"{name}.filled(value)"
-        )
+    refuse_mask(name, values)
     try:
         array = np.asarray(values)
         if array.ndim == 0 and array.dtype.kind == "O" and hasattr(values, "__dlpack__"):
@@ -135,6 +145,7 @@ def as_output(out):
     """Return an array of the memory of `out`, which is one itself or a tensor of another
     library; TypeError if it is neither."""
     if isinstance(out, ndarray):
+        refuse_mask("out", out)
         return out
     kind = type(out).__name__
     if not hasattr(out, "__array__") and not hasattr(out, "__dlpack__"):

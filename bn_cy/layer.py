@@ -205,7 +205,8 @@ class BatchNorm(Stateful):
         x : array of float32 or float64, with `num_features` features along `axis`
             The batch. It must not change before the backward.
         out : array of x's shape and dtype, optional
-            Where to write the result. It may not share memory with `x`; it may be `residual`.
+            Where to write the result. It may not share memory with `x`, nor with the layer's own
+            arrays; it may be `residual`.
         residual : array of x's shape and dtype, optional
             Added to the result, before the ReLU if there is one: a skip connection.
         update : bool, optional
@@ -229,6 +230,8 @@ class BatchNorm(Stateful):
             As `batchnorm_forward`, and if the number of features does not fit. The layer is
             unchanged.
         """
+        if out is not None:
+            self._check_out(out)
         if type(x) is not np.ndarray:
             x = as_plain("x", x)
         self._check_features(x)
@@ -272,7 +275,8 @@ class BatchNorm(Stateful):
         dout : array of x's shape and any floating-point dtype
             The gradient with respect to the forward's result, rounded to x's dtype.
         out : array of x's shape and dtype, optional
-            Where to write `dx`. It may be `dout` itself.
+            Where to write `dx`. It may not share memory with `x`, nor with the layer's own arrays;
+            it may be `dout` itself.
         cache : Cache, optional
             `layer.cache` as it was after the forward that is meant: for two forwards before their
             backwards, or for a second backward. By default the last forward's, which serves one
@@ -413,6 +417,14 @@ class BatchNorm(Stateful):
         """Whether it does so in groups of the batch."""
         return self._ghost_batch_size is not None and self.training and self._measures
 
+    def _check_out(self, out):
+        """Refuse an `out` over the layer's own arrays."""
+        array = as_output(out)
+        owned = {"gamma or beta": self._params, "the running statistics": self._running}
+        for what, arrays in owned.items():
+            if any(np.shares_memory(array, own) for own in arrays.values()):
+                raise ValueError(f"out may not share memory with {what}")
+
     def _check_features(self, x):
         shape = x.shape
         try:
@@ -472,6 +484,8 @@ class BatchNorm(Stateful):
 
     def _gradients(self, dout, cache, out):
         """Return what `batchnorm_backward` does; the one step of a backward that looks at data."""
+        if out is not None:
+            self._check_out(out)
         if isinstance(cache, _ghosts.GhostCache):
             return _ghosts.backward(dout, cache, out=out)
         return functional.batchnorm_backward(dout, cache, out=out)

@@ -637,12 +637,60 @@ def test_out_may_not_share_memory_with_the_layer(rng, name):
     assert layer.num_batches_tracked == 0
 
 
+class Tensor:
+    """An array of another library."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+@pytest.mark.parametrize("name", ["gamma", "running_mean", "running_var"])
+@pytest.mark.parametrize("wrap", [np.asarray, Tensor])
+def test_out_may_not_be_of_the_layer_in_any_mode(rng, name, wrap):
+    layer = BatchNorm(4, dtype=np.float64, ghost_batch_size=2)
+    x = rng.standard_normal((4, 4))
+    row = getattr(layer, name).reshape(1, 4)
+    square = np.lib.stride_tricks.as_strided(row, x.shape, (0, 8))  # every row is the layer's own
+    before = layer.state_dict()
+    what = "gamma or beta" if name == "gamma" else "the running statistics"
+
+    def check(call, *given, out, **options):
+        with pytest.raises(ValueError, match=f"out may not share memory with {what}"):
+            call(*given, out=wrap(out), **options)
+        assert_same_state(layer.state_dict(), before)
+
+    check(layer, x, out=square)  # in groups
+    layer.ghost_batch_size = None
+    check(layer, x, out=square)
+    check(layer, x, out=square, update=False)
+    check(layer, x, out=square, mask=np.ones(4, bool))
+    check(layer.freeze(), x, out=square)
+    check(layer.unfreeze().eval(), x[:1], out=row)
+    layer(x[:1])
+    check(layer.backward, x[:1], out=row)
+
+
 def test_a_masked_batch_is_refused(rng):
     layer = BatchNorm(5)
     before = snapshot(layer)
-    with pytest.raises(TypeError, match=r"x must have no mask.*mask=.*x\.filled"):
-        layer(np.ma.masked_greater(batch(rng)[0], 0))
+    x = batch(rng)[0]
+    with pytest.raises(TypeError, match=r"x must have no mask.*x\.filled.*mask=, a flag for each"):
+        layer(np.ma.masked_greater(x, 0))
+    out = np.ma.zeros((16, 5), np.float32)
+    with pytest.raises(TypeError, match=r"out must have no mask, got MaskedArray: pass out\.data$"):
+        layer(x, out=out)
     assert_same_state(snapshot(layer), before)
+    layer.eval()(x)
+    with pytest.raises(
+        TypeError, match=r"dout must have no mask.* pass dout\.data or dout\.filled"
+    ):
+        layer.backward(out)
+    with pytest.raises(TypeError, match=r"out must have no mask"):
+        layer.backward(x, out=out)
+    assert not out.any()
 
 
 @pytest.mark.parametrize("momentum", [1.0, None])
