@@ -66,9 +66,13 @@ def checked(name, check, doc):
     )
 
 
-def fixed(name, doc):
-    """Return a property that cannot be assigned: arrays were made by it."""
-    return property(operator.attrgetter(f"_{name}"), doc=doc)
+def fixed(name, doc, instead):
+    """Return a property that cannot be assigned, and says what to do instead."""
+
+    def refuse(layer, value):
+        raise AttributeError(f"{name} of a layer cannot be assigned: {instead}")
+
+    return property(operator.attrgetter(f"_{name}"), refuse, doc=doc)
 
 
 def fitted(name, value, current):

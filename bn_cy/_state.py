@@ -1,5 +1,7 @@
 """What of a layer is kept: its state under PyTorch's names, pickles and copies."""
 
+from copy import deepcopy
+
 import numpy as np
 
 from bn_cy._attributes import Arrays, checked_tracked, fitted
@@ -55,19 +57,13 @@ class Stateful:
         KeyError
             If a key is missing or unknown.
         TypeError, ValueError
-            If a value has another shape, or is not of real numbers, if a statistic is not finite
-            or a variance negative, or if an array of the layer is read-only. The layer is
-            unchanged.
+            If `state` is no such mapping, or `prefix` no str; if a value has another shape, or is
+            not of real numbers, if a statistic is not finite or a variance negative, or if an array
+            of the layer is read-only. The layer is unchanged.
         """
         arrays = self._state_arrays()
-        own = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-        counter = {"num_batches_tracked"} if self._running else set()
-        missing, unexpected = arrays.keys() - own.keys(), own.keys() - arrays.keys() - counter
-        if missing or unexpected:
-            raise KeyError(
-                f"state must have the keys {[prefix + name for name in (*arrays, *counter)]}; "
-                f"missing: {sorted(missing) or 'none'}, unexpected: {sorted(unexpected) or 'none'}"
-            )
+        own = entries_under(prefix, state)
+        check_keys(own, arrays.keys(), {"num_batches_tracked"} if self._running else set(), prefix)
         loaded = [fitted(name, own[name], array).copy() for name, array in arrays.items()]
         for name, array in arrays.items():
             if not array.flags.writeable:
@@ -79,13 +75,14 @@ class Stateful:
             copy_all(loaded, list(arrays.values()))
 
     def __getstate__(self):
-        """Everything but the cached batch and the lock; copies of what a forward updates."""
+        """Everything but the cached batch and the lock, with copies of the arrays."""
         state = {**self.__dict__, "version": PICKLE_VERSION, "_cache": None}
         del state["_lock"]
-        with self._lock:
-            state["_tracked"] = self._tracked.copy()
-            state["_running"] = {name: array.copy() for name, array in self._running.items()}
-        return state | {name: dict(state[name]) for name in ("_params", "grads")}
+        state["_params"] = deepcopy(self._params)
+        state["grads"] = deepcopy(state.pop("_grads"))  # as it is called in every version
+        with self._lock:  # a forward updates these
+            state["_tracked"], state["_running"] = deepcopy((self._tracked, self._running))
+        return state
 
     def __setstate__(self, state):
         """Restore a layer; ValueError if a later version of bn_cy has written it."""
@@ -98,6 +95,7 @@ class Stateful:
                 f"this {type(self).__name__} was pickled in version {version} of its format, "
                 f"and this bn_cy reads versions up to {PICKLE_VERSION}"
             )
+        state["_grads"] = state.pop("grads")
         arrays = {name: Arrays(state[name]) for name in ("_params", "_running")}
         self.__dict__.update(state, **arrays)
         give_lock(self)
@@ -110,3 +108,36 @@ class Stateful:
             "running_var": self.running_var,
         }
         return {name: array for name, array in arrays.items() if array is not None}
+
+
+def entries_under(prefix, state):
+    """Return the entries of a state whose keys begin with a prefix, by the rest of the key."""
+    if not isinstance(prefix, str):
+        kind = type(prefix).__name__
+        raise TypeError(f'prefix must be a str, such as "layers.1.", or "" for none, got {kind}')
+    if not hasattr(state, "keys"):
+        raise TypeError(
+            "state must be a mapping of str to array, as state_dict returns, got "
+            f"{type(state).__name__}"
+        )
+    for key in state:
+        if not isinstance(key, str):
+            raise TypeError(f"state must have keys of str, got the {type(key).__name__} {key!r}")
+    return {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+
+
+def check_keys(own, needed, optional, prefix):
+    """Refuse a state in which a key is missing or unknown."""
+    missing, unexpected = needed - own.keys(), own.keys() - needed - optional
+    if not missing and not unexpected:
+        return
+
+    def named(keys):
+        return sorted(prefix + key for key in keys) or "none"
+
+    if own or not prefix:
+        fault = f"missing: {named(missing)}, unexpected: {named(unexpected)}"
+    else:
+        fault = f"no key begins with {prefix!r}"
+    wanted = [prefix + key for key in (*needed, *optional)]
+    raise KeyError(f"state must have the keys {wanted}; {fault}")

@@ -150,7 +150,7 @@ class BatchNorm(Stateful):
         self._params = Arrays(
             {name: make(self._num_features, self._dtype) for name, make in parameters.items()}
         )
-        self.grads = {name: np.zeros_like(array) for name, array in self._params.items()}
+        self._grads = {name: np.zeros_like(array) for name, array in self._params.items()}
         statistics = {"running_mean": np.zeros, "running_var": np.ones}
         self._running = Arrays(
             {name: make(self._num_features) for name, make in statistics.items()}
@@ -161,11 +161,28 @@ class BatchNorm(Stateful):
         self._cache, self._cached_mode = None, True
         give_lock(self)
 
-    params = fixed("params", "The parameters by name; what is assigned is copied into them.")
-    num_features = fixed("num_features", "Length of the feature axis.")
-    dtype = fixed("dtype", "That of the parameters.")
-    frozen = fixed("frozen", "Whether the running statistics are used in training, too.")
-    cache = fixed("cache", "What the last forward left for its backward, until that has been.")
+    params = fixed(
+        "params",
+        "The parameters by name; what is assigned is copied into them.",
+        "assign its entries, or several by params.update(...)",
+    )
+    grads = fixed(
+        "grads",
+        "The gradients by name, which a backward replaces.",
+        "assign its entries; None clears one, and backward fills them all",
+    )
+    num_features = fixed("num_features", "Length of the feature axis.", "make a new layer")
+    dtype = fixed("dtype", "That of the parameters.", "make a new layer")
+    frozen = fixed(
+        "frozen",
+        "Whether the running statistics are used in training, too.",
+        "call freeze() or unfreeze()",
+    )
+    cache = fixed(
+        "cache",
+        "What the last forward left for its backward, until that has been.",
+        "pass one to backward as cache=",
+    )
     eps = checked("eps", checked_eps, "Added to the variance.")
     axis = checked("axis", checked_axis, "The feature axis of the input.")
     relu = checked("relu", bool, "Whether a ReLU follows.")
@@ -495,7 +512,7 @@ class BatchNorm(Stateful):
         for name in self._params:
             found[name] = found[name].astype(self._dtype, copy=False)
         for name in self._params:  # now that no memory can be lacking: all change or none
-            self.grads[name] = found[name]
+            self._grads[name] = found[name]
 
     def _check_cache(self, cache):
         if not isinstance(cache, (functional.Cache, _ghosts.GhostCache)):

@@ -14,7 +14,6 @@ _Policy: TypeAlias = Literal["raise", "skip", "update"]
 class BatchNorm:
     unbiased: bool
     training: bool
-    grads: dict[str, _Batch]
 
     def __init__(
         self,
@@ -38,6 +37,8 @@ class BatchNorm:
     def dtype(self) -> np.dtype[Any]: ...
     @property
     def params(self) -> dict[str, _Batch]: ...
+    @property
+    def grads(self) -> dict[str, _Batch]: ...
     @property
     def frozen(self) -> bool: ...
     @property

@@ -397,8 +397,6 @@ def test_copies_of_the_parameters_are_plain(rng):
         assert best["gamma"][0] != 9
         layer.params.update(best)
         np.testing.assert_array_equal(layer.gamma, best["gamma"])
-    twin = copy.copy(layer)
-    assert twin.grads is not layer.grads
 
 
 def test_a_cache_has_the_statistics_of_the_batch(rng):
@@ -927,6 +925,31 @@ def test_gradients_may_be_cleared(rng):
     assert layer.grads == {"gamma": None, "beta": None}
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("params", "assign its entries"),
+        ("grads", "assign its entries; None clears one"),
+        ("num_features", "make a new layer"),
+        ("dtype", "make a new layer"),
+        ("frozen", r"call freeze\(\) or unfreeze\(\)"),
+        ("cache", "pass one to backward as cache="),
+    ],
+)
+def test_what_cannot_be_assigned_names_another_way(rng, name, instead):
+    layer = trained(rng)
+    x, dout = batch(rng)
+    layer(x)
+    own = getattr(layer, name)
+    for value in (None, own):
+        with pytest.raises(
+            AttributeError, match=f"{name} of a layer cannot be assigned: {instead}"
+        ):
+            setattr(layer, name, value)
+    assert getattr(layer, name) is own
+    assert np.isfinite(layer.backward(dout)).all()
+
+
 # Refused calls
 
 
@@ -1107,10 +1130,38 @@ def test_a_state_without_a_counter_and_a_state_of_a_network(rng):
     del state["num_batches_tracked"]
     layer.load_state_dict(state)
     assert layer.num_batches_tracked == 0
-    with pytest.raises(KeyError, match=r"missing: \['bias', 'running_mean'.*unexpected: none"):
-        layer.load_state_dict({"layers.1.weight": np.ones(5)}, prefix="layers.1.")
     with pytest.raises(KeyError, match=r"missing: \['weight'\], unexpected: \['wieght'\]"):
         layer.load_state_dict({**{k: v for k, v in state.items() if k != "weight"}, "wieght": 1})
+
+
+def test_keys_are_named_with_their_prefix(rng):
+    layer = BatchNorm(5, track_running_stats=False)
+    with pytest.raises(KeyError, match=r"\['c.weight', 'c.bias'\]; no key begins with 'c.'"):
+        layer.load_state_dict(layer.state_dict(), prefix="c.")
+    with pytest.raises(KeyError, match=r"missing: \['c.bias'\], unexpected: \['c.gain'\]"):
+        layer.load_state_dict({"c.weight": np.ones(5), "c.gain": 1, "gain": 1}, prefix="c.")
+    with pytest.raises(KeyError, match=r"missing: \['bias', 'weight'\], unexpected: none"):
+        layer.load_state_dict({})
+
+
+@pytest.mark.parametrize(
+    ("state", "prefix", "message"),
+    [
+        ([("weight", np.ones(5))], "", "state must be a mapping of str to array, .*got list"),
+        ("weight", "", "state must be a mapping of str to array, .*got str"),
+        (None, "", "state must be a mapping of str to array, .*got NoneType"),
+        ({0: np.ones(5)}, "", "state must have keys of str, got the int 0"),
+        ({b"weight": np.ones(5)}, "", "state must have keys of str, got the bytes b'weight'"),
+        ({}, None, 'prefix must be a str, such as "layers.1.", or "" for none, got NoneType'),
+        ({}, 1, "prefix must be a str, .*got int"),
+    ],
+)
+def test_what_is_no_state_is_refused(rng, state, prefix, message):
+    layer = trained(rng)
+    before = snapshot(layer)
+    with pytest.raises(TypeError, match=message):
+        layer.load_state_dict(state, prefix=prefix)
+    assert_same_state(snapshot(layer), before)
 
 
 def test_a_pickle_of_a_later_version_is_refused(rng):
@@ -1208,7 +1259,7 @@ def pickled(layer):
     return pickle.loads(pickle.dumps(layer))
 
 
-@pytest.mark.parametrize("duplicate", [pickled, copy.deepcopy])
+@pytest.mark.parametrize("duplicate", [pickled, copy.deepcopy, copy.copy])
 @pytest.mark.parametrize("options", [{}, {"scale": False, "axis": -1, "unbiased": False}])
 def test_copies_are_the_layer(rng, duplicate, options):
     layer = trained(rng, eps=1e-3, momentum=None, dtype=np.float64, **options).eval()
@@ -1233,13 +1284,20 @@ def test_copies_have_no_batch(rng, duplicate):
     assert layer.backward(dout).shape == x.shape
 
 
-@pytest.mark.parametrize("duplicate", [pickled, copy.deepcopy])
-def test_deep_copies_share_no_memory(rng, duplicate):
+@pytest.mark.parametrize("duplicate", [pickled, copy.deepcopy, copy.copy])
+def test_copies_share_no_memory(rng, duplicate):
     layer = trained(rng)
+    x, dout = batch(rng)
+    layer(x)
+    layer.backward(dout)
+    layer.dbeta = None
     other = duplicate(layer)
     before = snapshot(layer)
-    other.params["gamma"][:] = 42
-    other(batch(rng)[0])
+    assert_same_state(snapshot(other), before)
+    for array in (*other.params.values(), other.dgamma, other.running_mean, other.running_var):
+        array[:] = 42
+    other.grads["beta"] = other.dgamma
+    other(x)
     assert_same_state(snapshot(layer), before)
 
 
