@@ -19,8 +19,10 @@ batch is from [3]_.
 
 Sums run over the batch, that is over every axis but the feature axis, which is the keyword `axis`
 of every function that takes a batch. An axis that the array does not have is an IndexError.
-A batch is a NumPy array of two dimensions or more: anything else is a TypeError or a ValueError,
-and so is a dout of another shape, which would broadcast to a wrong gradient in silence.
+A batch is a NumPy array of two dimensions or more, without a mask: anything else is a TypeError or
+a ValueError. So is a dout or a residual of another shape, and what is meant to be one value per
+feature and is not; they would broadcast to a wrong result in silence. A plain number stands for the
+same in all features.
 
 Nothing is cast: float32 in is float32 throughout, and np.longdouble in is a reference of higher
 precision where the platform has one. Where the dtypes of the arguments differ, NumPy promotes.
@@ -95,6 +97,8 @@ def _check_array(name: str, value: Any) -> None:
     """Refuse what has no shape and no dtype of its own."""
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array, got {type(value).__name__}")
+    if isinstance(value, np.ma.MaskedArray):  # the formulas count all values
+        raise TypeError(f"{name} must have no mask, got {type(value).__name__}")
 
 
 def _check_batch(x: Array) -> None:
@@ -104,12 +108,22 @@ def _check_batch(x: Array) -> None:
         raise ValueError(f"x must have two dimensions or more, got shape {x.shape}")
 
 
-def _check_upstream(dout: Array, x: Array) -> None:
-    """Refuse a dout that does not fit, and what is no batch."""
+def _check_like(name: str, value: Array, x: Array) -> None:
+    """Refuse a dout or a residual that does not fit, and what is no batch."""
     _check_batch(x)
-    _check_array("dout", dout)
-    if dout.shape != x.shape:
-        raise ValueError(f"dout must have the shape {x.shape} of x, got {dout.shape}")
+    _check_array(name, value)
+    if value.shape != x.shape:
+        raise ValueError(f"{name} must have the shape {x.shape} of x, got {value.shape}")
+
+
+def _check_rows(x: Array, axis: int, **rows: Array | None) -> None:
+    """Refuse parameters and statistics that are neither one value per feature nor a number."""
+    for name, row in rows.items():
+        if row is not None and np.shape(row) not in ((), (x.shape[axis],)):
+            raise ValueError(
+                f"{name} must have shape ({x.shape[axis]},), one value per feature, "
+                f"got {np.shape(row)}"
+            )
 
 
 def moments(x: Array, *, axis: int = 1) -> tuple[int, Array, Array]:
@@ -255,6 +269,7 @@ def normalize(
     [[-1.0], [0.0], [1.0]]
     """
     _check_batch(x)
+    _check_rows(x, axis, mean=mean, var=var, gamma=gamma, beta=beta)
     xhat = (x - _wide(mean, x, axis)) / _wide(np.sqrt(var + eps), x, axis)
     scaled = xhat if gamma is None else _wide(gamma, x, axis) * xhat
     return scaled if beta is None else scaled + _wide(beta, x, axis)
@@ -384,6 +399,7 @@ def running_update(
     if weighs not in ("new", "old"):
         raise ValueError(f'weighs must be "new" or "old", got {weighs!r}')
     n, mean, var = moments(x, axis=axis)
+    _check_rows(x, axis, running_mean=running_mean, running_var=running_var)
     if unbiased:
         if n < 2:
             raise ValueError(f"an unbiased variance needs two values per feature, got {n}")
@@ -446,6 +462,7 @@ def staged_forward(
     [[-1.0], [0.333], [1.667], [3.0]]
     """
     _check_batch(x)
+    _check_rows(x, axis, gamma=gamma, beta=beta)
     n = _count(x, axis)
     mu = _batch_sum(x, axis) / n
     xmu = x - _wide(mu, x, axis)
@@ -531,7 +548,7 @@ def staged_backward(dout: Array, cache: dict[str, Any]) -> tuple[Array, Array, A
     ([-18.0], [0.333])
     """
     x, axis = cache["x"], cache["axis"]
-    _check_upstream(dout, x)
+    _check_like("dout", dout, x)
     xmu, xhat, sqrtvar = cache["xmu"], cache["xhat"], cache["sqrtvar"]
     n = _count(x, axis)
     dgammax = dout
@@ -635,7 +652,8 @@ def backward_closed_form(
     >>> dx.round(3).tolist(), dgamma.round(3).tolist(), dbeta.tolist()
     ([[-2.0], [4.333], [-1.333], [-1.0]], [-3.0], [9.0])
     """
-    _check_upstream(dout, x)
+    _check_like("dout", dout, x)
+    _check_rows(x, axis, gamma=gamma)
     n, mean, var = moments(x, axis=axis)
     invstd = 1 / np.sqrt(var + eps)
     xhat = (x - _wide(mean, x, axis)) * _wide(invstd, x, axis)
@@ -712,7 +730,8 @@ def backward_through_statistics(
     >>> dx.round(3).tolist(), dgamma.round(3).tolist(), dbeta.tolist()
     ([[-2.0], [4.333], [-1.333], [-1.0]], [-3.0], [9.0])
     """
-    _check_upstream(dout, x)
+    _check_like("dout", dout, x)
+    _check_rows(x, axis, gamma=gamma)
     n, mean, var = moments(x, axis=axis)
     invstd = 1 / np.sqrt(var + eps)
     xmu = x - _wide(mean, x, axis)
@@ -781,7 +800,8 @@ def frozen_backward(
     >>> dx.tolist(), dgamma.tolist(), dbeta.tolist()
     ([[9.0], [0.0], [3.0]], [-6.0], [12.0])
     """
-    _check_upstream(dout, x)
+    _check_like("dout", dout, x)
+    _check_rows(x, axis, gamma=gamma)
     xhat = normalize(x, mean, var, eps=eps, axis=axis)
     dx = _wide(gamma / np.sqrt(var + eps), x, axis) * dout
     return dx, _batch_sum(dout * xhat, axis), _batch_sum(dout, axis)
@@ -827,6 +847,8 @@ def relu_forward(
     >>> relu_forward(x, np.array([1.0]), np.array([2.0]), residual, eps=0).tolist()
     [[1.5], [0.0]]
     """
+    if residual is not None:
+        _check_like("residual", residual, x)
     z = forward(x, gamma, beta, eps, axis=axis)
     return np.maximum(z if residual is None else z + residual, 0)
 
@@ -875,7 +897,7 @@ def relu_backward(
     >>> relu_backward(dout, x, np.array([1.0]), np.array([0.0]))[3].tolist()
     [[0.0], [0.0], [1.0]]
     """
-    _check_upstream(dout, x)
+    _check_like("dout", dout, x)
     y = relu_forward(x, gamma, beta, residual, eps, axis=axis)
     dresidual = np.where(y > 0, dout, 0)
     return *backward_closed_form(dresidual, x, gamma, eps, axis=axis), dresidual

@@ -3,6 +3,7 @@
 import doctest
 import itertools
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -644,6 +645,51 @@ def test_the_examples_in_the_docstrings():
     failed, attempted = doctest.testmod(reference)
     assert failed == 0
     assert attempted >= len(reference.__all__)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (8, 1), (3,), (8, 3, 1)])
+def test_a_residual_of_another_shape_is_refused(rng, shape):
+    given, residual = Batch(rng, (8, 3), 1), rng.standard_normal(shape)
+    with pytest.raises(ValueError, match=r"residual must have the shape \(8, 3\) of x"):
+        reference.relu_forward(given.x, given.gamma, given.beta, residual)
+    with pytest.raises(ValueError, match=r"residual must have the shape \(8, 3\) of x"):
+        reference.relu_backward(given.dout, given.x, given.gamma, given.beta, residual)
+
+
+@pytest.mark.parametrize("name", ["x", "dout", "residual"])
+def test_a_mask_is_refused(rng, name):
+    """The sums would leave out what n counts."""
+    given = {each: rng.standard_normal((8, 3)) for each in ("x", "dout", "residual")}
+    given[name] = np.ma.masked_greater(given[name], 0)
+    with pytest.raises(TypeError, match=f"{name} must have no mask, got MaskedArray"):
+        reference.relu_backward(gamma=np.ones(3), beta=np.zeros(3), **given)
+
+
+ROWS = np.arange(24.0).reshape(8, 3) ** 2
+
+# The calls, and what is to be one value per feature in each.
+TAKE_ROWS = {
+    "normalize": (reference.normalize, "mean var gamma beta"),
+    "forward": (reference.forward, "gamma beta"),
+    "running_update": (reference.running_update, "running_mean running_var"),
+    "staged_forward": (reference.staged_forward, "gamma beta"),
+    "closed form": (partial(reference.backward_closed_form, ROWS), "gamma"),
+    "statistics": (partial(reference.backward_through_statistics, ROWS), "gamma"),
+    "frozen": (partial(reference.frozen_backward, ROWS), "gamma mean var"),
+    "relu_backward": (partial(reference.relu_backward, ROWS), "gamma beta"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "row"), [(name, row) for name, (_, rows) in TAKE_ROWS.items() for row in rows.split()]
+)
+@pytest.mark.parametrize("shape", [(1,), (4,), (1, 3), (8, 3)])
+def test_what_is_not_one_value_per_feature_is_refused(rng, name, row, shape):
+    call, rows = TAKE_ROWS[name]
+    fitting = {each: rng.uniform(1, 2, 3) for each in rows.split()}
+    call(x=ROWS, **fitting)
+    with pytest.raises(ValueError, match=rf"{row} must have shape \(3,\), one value per feature"):
+        call(x=ROWS, **fitting | {row: rng.uniform(1, 2, shape)})
 
 
 @pytest.mark.parametrize("name", [*BACKWARD_PASSES, "frozen", "relu"])
