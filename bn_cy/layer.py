@@ -55,7 +55,8 @@ class BatchNorm(Stateful):
         What a batch does that is to be counted in the running statistics and has NaN or infinity,
         or a variance that overflows. "raise": a FloatingPointError; the layer's parameters,
         statistics and count are unchanged, the last cache is let go, and `out` has been written.
-        "skip": it is normalized and not counted. "update": it is counted, as in PyTorch.
+        "skip": it is normalized and not counted. "update": it is counted, as in PyTorch;
+        `load_state_dict` refuses the state of a layer whose statistics are not finite.
     ghost_batch_size : int or None, optional
         In training, the batch is split into groups of so many examples, each normalized by its
         own statistics, as small batches are. Examples lie along the first axis that is not the
