@@ -23,7 +23,8 @@ from bn_cy.kernels cimport (
     KERNELS_NAME, MEAN, REST, STATISTICS, VAR, Activation, Kernels, Resources, signs_room,
 )
 from bn_cy._layout cimport (
-    Memory, as_array, as_number, batch_of, hold, is_same, refuse_overlap, refuse_overlaps, release,
+    Memory, as_array, as_number, batch_of, hold, is_same, refuse_overlap, refuse_parameters,
+    release,
 )
 
 cdef Kernels *kernels = <Kernels *>PyCapsule_GetPointer(KERNELS, KERNELS_NAME)
@@ -283,7 +284,7 @@ cdef run_forward(
         if residual is not None:
             beside = batch.like_x(&memory, "residual", residual)
         if out is not None:
-            refuse_overlaps(array, given, &memory, parameters, "gamma or beta")
+            refuse_parameters(array, given, &memory, parameters)
             check_forward_target(given, array, &memory, x, residual, backward)
         cache.relu = relu
         if relu and residual is not None and backward and batch.size:

@@ -42,7 +42,7 @@ cdef class Batch:
 cdef as_array(str name, values)
 cpdef double as_number(str name, value) except? -1
 cdef bint is_same(const Py_buffer *a, const Py_buffer *b) noexcept
-cdef int refuse_overlaps(
-    out, const Py_buffer *view, const Memory *memory, int count, str what) except -1
+cdef int refuse_parameters(
+    out, const Py_buffer *view, const Memory *memory, int count) except -1
 cdef int refuse_overlap(out, array, const Py_buffer *a, const Py_buffer *b, str message) except -1
 cdef Batch batch_of(x, axis)

@@ -171,16 +171,16 @@ cdef int refuse_overlap(out, array, const Py_buffer *a, const Py_buffer *b, str 
     return 0
 
 
-cdef int refuse_overlaps(
-    out, const Py_buffer *view, const Memory *memory, int count, str what,
+cdef int refuse_parameters(
+    out, const Py_buffer *view, const Memory *memory, int count,
 ) except -1:
-    """Refuse an `out` that shares memory with one of the first arrays that a call holds."""
+    """Refuse an `out` that shares memory with gamma or beta, the first arrays that a call holds."""
     cdef const Py_buffer *other
     cdef int i
     for i in range(count):
         other = &memory.views[i]
         if not are_apart(view, other) and np.shares_memory(out, <object>other.obj):
-            raise ValueError(f"out may not share memory with {what}")
+            raise ValueError("out may not share memory with gamma or beta")
     return 0
 
 
