@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from bn_cy import functional
+from bn_cy._checks import check_apart_from_layer, check_like, checked_target
 from bn_cy._layout import as_batch, as_index, as_plain, axis_of, new_result
 from bn_cy._moments import Moments
-from bn_cy._parts import check_like, checked_target, count_batches, is_counted
+from bn_cy._parts import count_batches, is_counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +92,14 @@ def places_of(x, axis, size):
 def forward(layer, x, out, residual, update):
     """Normalize every group, and count each in the running statistics, one after the other."""
     given, x = x, as_batch(x, layer.axis)
-    target = checked_target(out, given)
-    places = places_of(x, layer.axis, layer.ghost_batch_size)
-    if target is None:
-        target = new_result(x, layer.axis)
     if residual is not None:
         residual = as_plain("residual", residual)
         check_like("residual", residual, x)
-        check_same_or_apart(target, "residual", residual)
+    target = checked_target(out, given, residual=residual)
+    check_apart_from_layer(target, layer)
+    places = places_of(x, layer.axis, layer.ghost_batch_size)
+    if target is None:
+        target = new_result(x, layer.axis)
     groups = []
     for place in places:
         _, cache = functional.batchnorm_forward(
@@ -129,8 +130,9 @@ def backward(dout, cache, *, out=None):
             f"dout must have the shape {x.shape} and dtype {x.dtype} of x, "
             f"got {dout.shape} and {dout.dtype}"
         )
-    target = new_result(x, cache.axis) if out is None else checked_target(out, x)
-    check_same_or_apart(target, "dout", dout)
+    target = checked_target(out, x, dout=dout)
+    if target is None:
+        target = new_result(x, cache.axis)
     dresidual = [new_result(x, cache.axis)] if cache.residual else []
     gradients = []
     for place, group in zip(cache.places, cache.groups, strict=True):
@@ -145,11 +147,3 @@ def backward(dout, cache, *, out=None):
         for rows in zip(*gradients, strict=True)
     )
     return target if out is None else out, dgamma, dbeta, *dresidual
-
-
-def check_same_or_apart(out, name, array):
-    """Refuse an `out` that overlaps what a later group has still to read."""
-    same = out.__array_interface__["data"] == array.__array_interface__["data"]
-    same = same and (out.strides, out.dtype) == (array.strides, array.dtype)
-    if not same and np.shares_memory(out, array):
-        raise ValueError(f"out may be {name} itself, but may not overlap it otherwise")

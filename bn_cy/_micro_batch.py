@@ -5,16 +5,10 @@ from itertools import product
 
 import numpy as np
 
+from bn_cy._checks import check_apart_from_layer, check_batch, check_like, checked_target
 from bn_cy._layout import as_output, as_plain
 from bn_cy._moments import Moments
-from bn_cy._parts import (
-    PartCache,
-    check_batch,
-    check_like,
-    checked_target,
-    count_batches,
-    is_counted,
-)
+from bn_cy._parts import PartCache, count_batches, is_counted
 from bn_cy.functional import moments
 from bn_cy.layer import BatchNorm
 from bn_cy.sync import SyncBatchNorm
@@ -50,7 +44,7 @@ class MicroBatch:
     -----
     The parts are kept by reference until the backward, with O(features) numbers each, and, after a
     residual and a ReLU, a bit a value. They must not change before it. The means of float64 data
-    are rounded to float64, as in eval mode.
+    are rounded to float64, as in eval mode. Pickles and copies leave the parts out.
 
     A layer that is used twice in a network needs a `MicroBatch` for each use.
 
@@ -177,8 +171,8 @@ class MicroBatch:
         upstream, sums = [], []
         for number, (cache, dout, target) in enumerate(zip(caches, douts, targets, strict=True)):
             with naming(number):
-                checked_target(target, cache.x)
                 douts[number] = dout = as_plain("dout", dout)
+                cache.target(target, dout)
                 of_part, from_above = cache.gradient_sums(dout)
                 sums.append(of_part)
                 upstream.append(from_above)
@@ -198,6 +192,10 @@ class MicroBatch:
             return dxs
         return dxs, [rest[0] if rest else None for _, *rest in gradients]
 
+    def __getstate__(self):
+        """Everything but the parts of the last forward, as of a layer."""
+        return {**self.__dict__, "_caches": None}
+
     def __repr__(self):
         """As the expression that makes it."""
         return f"{type(self).__name__}({self._layer!r})"
@@ -215,10 +213,11 @@ class MicroBatch:
                 xs[number] = x = as_plain("x", x)
                 self._layer._check_features(x)
                 check_batch(x, self._layer.axis)
-                checked_target(target, x)
                 if residual is not None:
-                    residuals[number] = as_plain("residual", residual)
-                    check_like("residual", residuals[number], x)
+                    residuals[number] = residual = as_plain("residual", residual)
+                    check_like("residual", residual, x)
+                checked_target(target, x, residual=residual)
+                check_apart_from_layer(target, self._layer)
         check_apart(targets, xs, "x")
         check_apart(targets, residuals, "residual")
         check_apart(targets, targets, "out")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bn_cy._calls import Cache, part_forward, part_gradient, part_sums
-from bn_cy._layout import as_float_dtype, as_output, axis_of, copy_all
+from bn_cy._checks import checked_target
+from bn_cy._layout import copy_all
 from bn_cy._masks import Kept
 from bn_cy._moments import Moments
 from bn_cy._running import take_in
@@ -69,9 +70,11 @@ class PartCache:
         cache = cls(x, moments, residual is not None, local, kept)
         return cache._whole(y, target), cache
 
-    def target(self, out):
+    def target(self, out, dout=None):
         """Return what a backward writes; None without a mask and an `out`."""
-        return checked_target(out, self.x) if self.kept is None else self.kept.target(out)
+        if self.kept is None:
+            return checked_target(out, self.x, dout=dout)
+        return self.kept.target(out)
 
     def gradient_sums(self, dout):
         """Return sum(dout) and sum(dout*xhat) over this part, and what `input_gradients` needs.
@@ -118,34 +121,3 @@ def count_batches(layer, batches):
             take_in(mean, var, batch_mean, batch_var, weight, correction)
         new = [mean, var, np.array(min(tracked, MOST_TRACKED), np.int64)]
         copy_all(new, [layer.running_mean, layer.running_var, layer._tracked])
-
-
-# Checks, made of all parts before anything is written
-
-
-def check_batch(x, axis):
-    """Refuse an array that is no batch of float32 or float64 with such an axis."""
-    axis_of(x, axis)
-    as_float_dtype("x", x.dtype.newbyteorder("="))
-
-
-def check_like(name, array, x):
-    """Refuse an array of another shape or dtype than x."""
-    if array.shape != x.shape or array.dtype.char != x.dtype.char:
-        raise ValueError(
-            f"{name} must have the shape {x.shape} and dtype {x.dtype} of x, "
-            f"got {array.shape} and {array.dtype}"
-        )
-
-
-def checked_target(out, x):
-    """Return the memory of an `out`, which can be written beside x; None for none."""
-    if out is None:
-        return None
-    array = as_output(out)
-    check_like("out", array, x)
-    if not array.flags.writeable:
-        raise ValueError("out must be writable, got a read-only array")
-    if np.shares_memory(array, x):
-        raise ValueError("out may not share memory with x")
-    return array

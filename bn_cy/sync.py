@@ -6,9 +6,10 @@ in `_parts`; what is exchanged between ranks is in `_ranks`.
 
 from bn_cy import functional
 from bn_cy._attributes import checked
+from bn_cy._checks import check_apart_from_layer, check_like, checked_target
 from bn_cy._layout import as_plain
 from bn_cy._masks import kept_of
-from bn_cy._parts import PartCache, check_like, checked_target, count_batches, is_counted
+from bn_cy._parts import PartCache, count_batches, is_counted
 from bn_cy._ranks import Ranks
 from bn_cy.layer import BatchNorm
 
@@ -149,7 +150,8 @@ class SyncBatchNorm(BatchNorm):
             return super()._gradients(dout, cache, out)
         sums = failure = None
         try:
-            target = cache.target(out)
+            dout = as_plain("dout", dout)
+            target = cache.target(out, dout)
             sums, upstream = cache.gradient_sums(dout)
         except Exception as error:
             failure = error
@@ -182,6 +184,9 @@ class SyncBatchNorm(BatchNorm):
             check_like("residual", residual, x)
         kept = kept_of(x, self._axis, mask, lengths)
         if kept is None:
-            return x, None, checked_target(out, x), residual
-        rows, _, residual = kept.gathered(x, residual)
-        return rows, kept, kept.target(out), residual
+            target = checked_target(out, x, residual=residual)
+        else:
+            target = kept.target(out)
+            x, _, residual = kept.gathered(x, residual)
+        check_apart_from_layer(target, self)
+        return x, kept, target, residual

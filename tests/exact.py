@@ -193,6 +193,13 @@ LAYOUTS = {
 }
 
 
+def over(array, x):
+    """Return an array of x's shape and dtype whose memory is that of a one-dimensional array."""
+    strides = (0,) * (x.ndim - 1) + (x.itemsize,)
+    assert x.shape[-1] * x.itemsize <= array.nbytes
+    return np.lib.stride_tricks.as_strided(array.view(x.dtype), x.shape, strides)
+
+
 def arrays_within(thing, seen=None):
     """Yield every array that a cache holds, however it is built."""
     seen = set() if seen is None else seen

@@ -311,9 +311,10 @@ def copies_and_pickles(comm, seed):
 # Errors
 
 
-def wrong_forwards(x):
+def wrong_forwards(x, layer):
     """Yield what a rank may do wrong, and the error that all ranks get."""
     narrow, other = x[:, 1:].copy(), x.astype(np.float64)
+    swapped, long = np.zeros_like(x, x.dtype.newbyteorder()), np.zeros((5, FEATURES), x.dtype)
     yield (narrow,), {}, ValueError, "x must have 5 features"
     yield (x.astype(np.int64),), {}, TypeError, "x must be of float32 or float64"
     yield (None,), {}, TypeError, "x must be an array"
@@ -324,6 +325,15 @@ def wrong_forwards(x):
     yield (x,), {"out": x}, ValueError, "out may not share memory with x"
     yield (x,), {"out": x.tolist()}, TypeError, "out must be an array, got list"
     yield (x,), {"out": read_only(x)}, ValueError, "out must be writable"
+    yield (x,), {"out": swapped}, ValueError, "out must have .* dtype float32 of x, got .* >f4"
+    yield (x,), {"out": exact.over(layer.gamma, x)}, ValueError, "out may not .* with gamma or"
+    yield (x,), {"out": exact.over(layer.beta, x)}, ValueError, "out may not .* with gamma or"
+    for array in (layer.running_mean, layer.running_var):
+        given = {"out": exact.over(array, x)}
+        yield (x,), given, ValueError, "out may not share memory with the running statistics"
+        yield (x,), {**given, "mask": np.True_}, ValueError, "out may not .* the running statistics"
+    given = {"out": long[1:], "residual": long[:-1]}
+    yield (x,), given, ValueError, "out may be residual itself, but may not overlap it otherwise"
     yield (x,), {"residual": narrow}, ValueError, r"residual must have the shape \(4, 5\)"
     yield (x,), {"residual": other}, ValueError, "residual must have"
     yield (x,), {"mask": np.ones(3, bool)}, ValueError, r"mask must have the shape \(4,\)"
@@ -334,6 +344,8 @@ def wrong_backwards(dout):
     yield (dout.astype(np.int64),), {}, TypeError, "dout must be of floating-point numbers"
     yield (None,), {}, TypeError, "dout must be an array"
     yield (dout,), {"out": dout[1:]}, ValueError, "out must have the shape"
+    long = np.zeros((5, FEATURES), dout.dtype)
+    yield (long[:-1],), {"out": long[1:]}, ValueError, "out may be dout itself, but may not overlap"
 
 
 def read_only(x):
@@ -348,7 +360,7 @@ def errors_of_one_rank(comm, seed):
     x, dout = rng.standard_normal((2, 4, FEATURES)).astype(np.float32)
     layer = SyncBatchNorm(FEATURES, comm=comm)
     for method, wrong in [
-        (layer.forward, wrong_forwards(x)),
+        (layer.forward, wrong_forwards(x, layer)),
         (layer.backward, wrong_backwards(dout)),
     ]:
         for arguments, options, kind, message in wrong:

@@ -301,6 +301,17 @@ def test_groups_of_a_single_value_are_refused(rows):
     assert layer.eval()(X[:rows]).shape == (rows, 5)
 
 
+@pytest.mark.parametrize("name", ["gamma", "beta", "running_mean", "running_var"])
+def test_an_output_in_the_memory_of_the_layer_is_refused(rng, name):
+    layer, x = BatchNorm(5, dtype=np.float64, ghost_batch_size=4), rng.standard_normal((9, 5))
+    before = layer.state_dict()
+    what = "gamma or beta" if name in layer.params else "the running statistics"
+    with pytest.raises(ValueError, match=f"out may not share memory with {what}"):
+        layer(x, out=exact.over(getattr(layer, name), x))
+    for key, array in layer.state_dict().items():
+        assert np.array_equal(array, before[key]), key
+
+
 def test_a_changed_batch_is_noticed(rng):
     layer, x = trained(rng, ghost_batch_size=7), X.copy()
     layer(x)

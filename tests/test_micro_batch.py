@@ -1,5 +1,7 @@
 """`MicroBatch` against one layer, and against 80-bit arithmetic, on the whole batch."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import exact
@@ -246,7 +248,7 @@ def test_a_layer_without_parameters_and_statistics(rng):
 
 
 X = np.random.default_rng(0).standard_normal((3, 4, 5))
-NARROW, BASE = X[1][:, 1:], np.zeros((8, 5))
+NARROW, BASE = X[1][:, 1:], np.zeros((9, 5))
 
 
 def parts_with(part):
@@ -271,9 +273,19 @@ def parts_with(part):
         ({"out": [*X[:2].copy(), X[0]]}, ValueError, "out of part 2 .* the x of part 0"),
         ({"out": [*BASE[None, :4], BASE[2:6], X[0].copy()]}, ValueError, "out of part 0 .* out of"),
         (
-            {"out": [BASE[4:], *X[:2].copy()], "residuals": [X[0], BASE[4:], X[0]]},
+            {"out": [BASE[5:], *X[:2].copy()], "residuals": [X[0], BASE[5:], X[0]]},
             ValueError,
             "out of part 0 may not share memory with the residual of part 1",
+        ),
+        (
+            {"out": [BASE[:4], BASE[5:], None], "residuals": [None, BASE[4:8], None]},
+            ValueError,
+            "^part 1: out may be residual itself, but may not overlap it otherwise",
+        ),
+        (
+            {"out": [BASE[:4], np.zeros(X[1].shape, X.dtype.newbyteorder()), None]},
+            ValueError,
+            "^part 1: out must have .* dtype float64 of x, got .* >f8",
         ),
     ],
 )
@@ -298,8 +310,14 @@ def test_a_refused_forward_changes_nothing(rng, arguments, kind, message, mode):
         (parts_with(None), None, TypeError, "part 1: dout must be an array"),
         (X, [NARROW] * 3, ValueError, "part 0: out must have the shape"),
         (X, X, ValueError, "part 0: out may not share memory with x"),
-        ([BASE[:4]] * 3, [BASE[:4], BASE[4:], X[0] + 1], ValueError, "out of part 0 .* the dout"),
-        (X, [X[1], BASE[:4], BASE[4:]], ValueError, "out of part 0 .* the x of part 1"),
+        ([BASE[:4]] * 3, [BASE[:4], BASE[5:], X[0] + 1], ValueError, "out of part 0 .* the dout"),
+        (
+            [X[0], BASE[4:8], X[0]],
+            [BASE[:4], BASE[5:], None],
+            ValueError,
+            "^part 1: out may be dout",
+        ),
+        (X, [X[1], BASE[:4], BASE[5:]], ValueError, "out of part 0 .* the x of part 1"),
         (X, [BASE[:4]] * 3, ValueError, "out of part 0 .* the out of part 1"),
     ],
 )
@@ -314,6 +332,19 @@ def test_a_refused_backward_changes_nothing(rng, douts, out, kind, message):
     assert np.array_equal(BASE, zeros)
     assert micro._caches is caches
     micro.backward(X)
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta", "running_mean", "running_var"])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_output_in_the_memory_of_the_layer_is_refused(rng, mode, name):
+    layer = getattr(trained(rng, dtype=np.float64), mode)()
+    before, base = snapshot(layer), BASE.copy()
+    out = [BASE[:4], exact.over(getattr(layer, name), X[1]), None]
+    what = "gamma or beta" if name in layer.params else "the running statistics"
+    with pytest.raises(ValueError, match=f"^part 1: out may not share memory with {what}"):
+        MicroBatch(layer)(X, out=out)
+    assert_same_state(snapshot(layer), before)
+    assert np.array_equal(BASE, base)
 
 
 @pytest.mark.parametrize("adds", [False, True])
@@ -384,6 +415,29 @@ def test_memory_that_ends_leaves_the_layer_unchanged(rng, monkeypatch):
     with pytest.raises(MemoryError):
         MicroBatch(layer)(X)
     assert_same_state(snapshot(layer), before)
+
+
+@pytest.mark.parametrize(
+    "twin_of", [copy.copy, copy.deepcopy, lambda micro: pickle.loads(pickle.dumps(micro))]
+)
+def test_copies_and_pickles_leave_the_parts_out(rng, twin_of):
+    micro = MicroBatch(trained(rng))
+    micro(X)
+    twin = twin_of(micro)
+    with pytest.raises(RuntimeError, match="backward needs a forward before it"):
+        twin.backward(X)
+    assert_same_state(snapshot(twin.layer), snapshot(micro.layer))
+    micro.backward(X)
+    assert np.array_equal(twin(X, update=False), micro(X, update=False))
+
+
+def test_parts_in_another_byte_order(rng):
+    layer, other = twins(rng, np.float64)
+    micro, swapped = MicroBatch(layer), X.astype(X.dtype.newbyteorder())
+    expected, out = MicroBatch(other), np.empty_like(X)
+    micro(swapped, out=out)
+    assert np.array_equal(out, expected(X))
+    assert np.array_equal(micro.backward(swapped), expected.backward(X))
 
 
 def test_repr_is_the_expression_that_makes_it():

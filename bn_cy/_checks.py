@@ -1,0 +1,74 @@
+"""What goes with a batch, checked before anything is written.
+
+The kernels' own calls have these checks in C (`_calls`). Here they are for whatever makes several
+calls, of which none may write before all of it is known to fit: parts, ranks, groups, masks.
+"""
+
+import numpy as np
+
+from bn_cy._layout import as_float_dtype, as_output, axis_of
+
+
+def native(dtype):
+    """Return a dtype in the processor's byte order, which that of all results is."""
+    return dtype.newbyteorder("=")
+
+
+def check_batch(x, axis):
+    """Refuse an array that is no batch of float32 or float64 with such an axis."""
+    axis_of(x, axis)
+    as_float_dtype("x", native(x.dtype))
+
+
+def check_like(name, array, x):
+    """Refuse an array of another shape or dtype than x, in whatever byte order."""
+    if array.shape != x.shape or native(array.dtype) != native(x.dtype):
+        raise ValueError(
+            f"{name} must have the shape {x.shape} and dtype {native(x.dtype)} of x, "
+            f"got {array.shape} and {array.dtype}"
+        )
+
+
+def writable(out, x):
+    """Return the memory of an `out` that can take a result of x."""
+    array = as_output(out)
+    if array.shape != x.shape or array.dtype != native(x.dtype):
+        raise ValueError(
+            f"out must have the shape {x.shape} and dtype {native(x.dtype)} of x, "
+            f"got {array.shape} and {array.dtype}"
+        )
+    if not array.flags.writeable:
+        raise ValueError("out must be writable, got a read-only array")
+    return array
+
+
+def checked_target(out, x, **read):
+    """Return the memory of an `out`, which can be written beside x; None for none.
+
+    It may be one of the arrays that are read on the way, but not overlap it otherwise.
+    """
+    if out is None:
+        return None
+    array = writable(out, x)
+    if np.shares_memory(array, x):
+        raise ValueError("out may not share memory with x")
+    for name, values in read.items():
+        if values is not None:
+            check_same_or_apart(array, name, values)
+    return array
+
+
+def check_same_or_apart(out, name, array):
+    """Refuse an `out` that overlaps what is still to be read."""
+    same = out.__array_interface__["data"] == array.__array_interface__["data"]
+    same = same and (out.strides, out.dtype) == (array.strides, array.dtype)
+    if not same and np.shares_memory(out, array):
+        raise ValueError(f"out may be {name} itself, but may not overlap it otherwise")
+
+
+def check_apart_from_layer(out, layer):
+    """Refuse an `out` that shares memory with the arrays of a layer."""
+    kept = {"gamma or beta": layer.params, "the running statistics": layer._running}
+    for name, arrays in kept.items():
+        if out is not None and any(np.shares_memory(out, array) for array in arrays.values()):
+            raise ValueError(f"out may not share memory with {name}")
