@@ -6,7 +6,8 @@ So the kernels know nothing of masks, and the result has the bits of a batch wit
 
 import numpy as np
 
-from bn_cy._layout import as_output, as_plain, axis_of
+from bn_cy._checks import check_like, native, writable
+from bn_cy._layout import as_plain, axis_of
 
 __all__ = ["Kept", "kept_of"]
 
@@ -33,7 +34,7 @@ class Kept:
     """
 
     def __init__(self, x, axis, mask, lengths):
-        self.shape, self.dtype = x.shape, x.dtype
+        self.shape, self.dtype = x.shape, native(x.dtype)
         self.axis = axis_of(x, axis)
         positions = self.shape[: self.axis] + self.shape[self.axis + 1 :]
         if mask is None:
@@ -55,39 +56,31 @@ class Kept:
 
     def gathered(self, x, residual):
         """Return the batch, no output, and the residual, as a forward takes them."""
-        return (
-            self.gather("x", x),
-            None,
-            None if residual is None else self.gather("residual", residual),
-        )
+        if residual is not None:
+            residual = as_plain("residual", residual)
+            check_like("residual", residual, self)
+            residual = self.gather("residual", residual)
+        return self.gather("x", x), None, residual
 
     def target(self, out):
         """Return where a result will be scattered to: `out`, if it fits, or a new array."""
         if out is None:
             return np.zeros(self.shape, self.dtype)
-        array = as_output(out)
-        if array.shape != self.shape or array.dtype != self.dtype:
-            raise ValueError(
-                f"out must have the shape {self.shape} and dtype {self.dtype} of x, "
-                f"got {array.shape} and {array.dtype}"
-            )
-        if not array.flags.writeable:
-            raise ValueError("out must be writable, got a read-only array")
-        return array
+        return writable(out, self)
 
     def scatter(self, rows, target, out=None):
         """Write rows where they came from, and 0 elsewhere; return `out`, whose memory it is."""
         target[...] = 0
-        features = self.shape[self.axis]
-        np.moveaxis(target, self.axis, -1)[self.mask] = np.moveaxis(rows, self.axis, -1).reshape(
-            -1, features
-        )
+        rows = np.moveaxis(rows, self.axis, -1)
+        np.moveaxis(target, self.axis, -1)[self.mask] = rows.reshape(len(rows), rows.shape[-1])
         return target if out is None else out
 
 
 def checked_mask(mask, positions):
     """Return a mask of the shape of the positions."""
     mask = as_plain("mask", mask)
+    if mask.shape == (0,) and 0 in positions:  # [], which knows neither dtype nor dimensions
+        mask = np.zeros(positions, bool)
     if mask.dtype != bool:
         raise TypeError(f"mask must be of booleans (True counts), got {mask.dtype}")
     try:
@@ -108,7 +101,7 @@ def within(lengths, positions):
             f"(examples, features, steps); got {len(positions) + 1}"
         )
     examples, steps, *others = positions
-    if lengths.dtype.kind not in "iu":
+    if lengths.dtype.kind not in "iu" and lengths.size:  # [] is of float64
         raise TypeError(f"lengths must be of integers, got {lengths.dtype}")
     if lengths.shape != (examples,):
         raise ValueError(

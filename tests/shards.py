@@ -227,6 +227,20 @@ def with_a_mask(comm, seed):
         assert_alike(comm, layer)
 
 
+def no_lengths_of_an_empty_part(comm, seed):
+    """The last rank has no sequences, and a list of no lengths."""
+    rng = np.random.default_rng(seed)
+    x, dout = rng.standard_normal((2, comm.Get_size() - 1, FEATURES, 4))
+    lengths = rng.integers(2, 5, len(x)).tolist()
+    own = slice(comm.Get_rank(), comm.Get_rank() + 1)
+    layer, whole = SyncBatchNorm(FEATURES, comm=comm), BatchNorm(FEATURES)
+    for found, expected in [
+        (layer(x[own], lengths=lengths[own]), whole(x, lengths=lengths)),
+        (layer.backward(dout[own]), whole.backward(dout)),
+    ]:
+        np.testing.assert_allclose(found, expected[own], rtol=1e-12, atol=1e-12)
+
+
 # What is counted
 
 
@@ -442,6 +456,7 @@ PROGRAMS = [
     an_empty_batch,
     given_outputs_and_caches,
     with_a_mask,
+    no_lengths_of_an_empty_part,
     what_is_not_finite,
     modes,
     copies_and_pickles,

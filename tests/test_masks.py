@@ -157,6 +157,52 @@ def test_the_mask_and_the_batch_may_change_before_the_backward(rng):
     assert np.array_equal(batchnorm_backward(dout, cache)[0], expected)
 
 
+def test_the_output_may_be_the_batch(rng, batch):
+    x, axis, mask = batch
+    layer, other = (BatchNorm(x.shape[axis], axis=axis) for _ in range(2))
+    expected, dout = other(x, mask=mask), rng.standard_normal(x.shape)
+    assert layer(x, mask=mask, out=x) is x
+    assert np.array_equal(x, expected)
+    assert np.array_equal(layer.backward(dout, out=x), other.backward(dout))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_another_byte_order(rng, batch, dtype):
+    x, axis, mask = batch
+    x, residual, dout = x.astype(dtype), *rng.standard_normal((2, *x.shape)).astype(dtype)
+    given = {"axis": axis, "mask": mask}
+    y, cache = batchnorm_forward(x, residual=residual, **given)
+    gradients = batchnorm_backward(dout, cache)
+    swapped = [array.astype(x.dtype.newbyteorder()) for array in (x, residual, dout)]
+    found, cache = batchnorm_forward(swapped[0], residual=swapped[1], **given)
+    dx, _, _, dresidual = batchnorm_backward(swapped[2], cache)
+    for mine, expected in [(found, y), (dx, gradients[0]), (dresidual, gradients[3])]:
+        assert mine.dtype == dtype and mine.dtype.isnative
+        assert np.array_equal(mine, expected)
+    out = np.empty_like(x)
+    layer = BatchNorm(x.shape[axis], axis=axis)
+    assert layer(swapped[0], mask=mask, out=out) is out
+    assert np.array_equal(out, layer(x, mask=mask))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 7), (0, 5, 7, 2)])
+def test_an_empty_list_fits_an_empty_batch(shape):
+    x, layer = np.empty(shape), BatchNorm(5, dtype=np.float64)
+    for given in [{"mask": []}] + [{"lengths": []}] * (len(shape) > 2):
+        for y in (batchnorm_forward(x, **given)[0], layer(x, **given), layer.backward(x)):
+            assert y.shape == shape
+        assert moments(x, **given).count == 0
+
+
+@pytest.mark.parametrize("shape", [(5, 0), (5, 0, 3), (0, 0)])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_no_features(shape, axis):
+    x = np.empty(shape, np.float32)
+    mask = np.ones(positions(shape, axis), bool)
+    y, cache = batchnorm_forward(x, axis=axis, mask=mask)
+    assert y.shape == batchnorm_backward(x, cache)[0].shape == shape
+
+
 X = np.zeros((4, 3, 6))
 
 
@@ -182,6 +228,12 @@ X = np.zeros((4, 3, 6))
             ValueError,
             "residual must have the shape",
         ),
+        (
+            {"mask": np.True_, "residual": np.zeros(X.shape, "f")},
+            ValueError,
+            r"residual must have the shape \(4, 3, 6\) and dtype float64 of x, got .* float32",
+        ),
+        ({"lengths": []}, ValueError, r"lengths must have shape \(4,\).*\(0,\)"),
     ],
 )
 def test_what_does_not_fit_is_named(given, error, message):
