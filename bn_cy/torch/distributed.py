@@ -102,6 +102,8 @@ class SyncBatchNorm(BatchNorm):
         group = self.process_group
 
         def own_moments() -> list[Any]:
+            if not isinstance(input, Tensor):
+                raise TypeError(f"input must be a tensor, got {type(input).__name__}")
             check_floats(input)
             check_eps(self.eps, training=True)
             if input.dim() < 2 or input.size(1) != self.num_features:
@@ -155,14 +157,15 @@ class Synchronized(torch.autograd.Function):
             raise NotImplementedError("bn_cy.torch.SyncBatchNorm has no second derivative")
         count, mean, var = ctx.batch
         wanted = ctx.needs_input_grad
+        x = weight = None
 
         def own_sums() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-            x, _ = ctx.saved_tensors
+            nonlocal x, weight
+            x, weight = ctx.saved_tensors  # once, which is all that a checkpoint allows
             return bn_cy.gradient_sums(array_of(dout), array_of(x), mean, var, ctx.eps)
 
         if wanted[0]:
             rows = gathered(own_sums, 2 * len(mean), ctx.group)
-            x, weight = ctx.saved_tensors
             dbeta, dgamma = np.split(rows.sum(axis=0), 2)
             given = array_of(dout), array_of(x), mean, var, array_of(weight), ctx.eps
             dx = torch.from_numpy(bn_cy.input_gradient(*given, dbeta, dgamma, count))

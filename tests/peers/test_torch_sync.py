@@ -265,7 +265,32 @@ def test_nobody_waits_in_a_backward_that_the_input_does_not_want(rng, processes)
     assert found[1] == [None, None]
 
 
+def test_under_checkpointing(rng, processes):
+    """Which computes the forward again in the backward, and gives each saved tensor out once."""
+    program = """
+    from torch.utils.checkpoint import checkpoint
+
+    module = bn_cy.torch.SyncBatchNorm(6, dtype=torch.float64)
+    module.load_state_dict(data["state"])
+
+    def again(x):
+        return checkpoint(module, x, use_reentrant=False)
+
+    again.parameters = module.parameters
+    found = []
+    for call in (module, again):
+        module.zero_grad()
+        results = step(call, shard(data["x"][0]), shard(data["dout"][0]))
+        found.append([tensor.clone() for tensor in results])
+    give(found)
+    """
+    for once, again in processes(program, problem(rng, [4, 3])):
+        assert len(once) == 4
+        assert all(map(torch.equal, once, again))
+
+
 REFUSALS = [
+    ("x = None if rank == 1 else x", TypeError, "input must be a tensor, got NoneType.*in rank 1"),
     ("x = x[:, :5] if rank == 1 else x", ValueError, "6 channels.*in rank 1"),
     ("x = x[:, 0] if rank == 1 else x", ValueError, "6 channels.*in rank 1"),
     ("x = x.half() if rank == 1 else x", TypeError, "got torch.float16.*in rank 1"),
