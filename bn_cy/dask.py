@@ -15,7 +15,8 @@ import dask.array as da
 import numpy as np
 
 from bn_cy import functional
-from bn_cy._layout import as_float_dtype, axis_of
+from bn_cy._checks import check_batch, native
+from bn_cy._layout import axis_of
 from bn_cy._moments import Moments
 
 __all__ = ["moments", "normalize"]
@@ -63,8 +64,8 @@ def moments(x, *, axis=1):
         dtype=MEASURED,
         meta=np.empty(0, MEASURED),
     )
-    size = math.prod(x.shape)
-    count = found["count"][0] if math.isnan(size) else size // x.shape[feature]
+    others = math.prod(x.shape[:feature] + x.shape[feature + 1 :])
+    count = found["count"][0] if math.isnan(others) else others
     return Moments(count, found["mean"], found["var"])
 
 
@@ -85,7 +86,8 @@ def normalize(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, relu=Fal
 
     Returns
     -------
-    dask.array.Array of x's shape, dtype and chunks
+    dask.array.Array of x's shape and dtype
+        In x's chunks, unless a row that is a Dask array has smaller ones:
         ``gamma*(x - mean)/sqrt(var + eps) + beta``, after a ReLU if there is one.
 
     Raises
@@ -119,15 +121,15 @@ def normalize(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, relu=Fal
         x,
         axes,
         *(argument for row in present.values() for argument in (row, (feature,))),
-        dtype=x.dtype,
-        meta=np.empty((0,) * x.ndim, x.dtype),
+        dtype=native(x.dtype),
+        meta=np.empty((0,) * x.ndim, native(x.dtype)),
     )
 
 
 def _feature_axis(x, axis):
     if not isinstance(x, da.Array):
         raise TypeError(f"x must be a Dask array, got {type(x).__name__}")
-    as_float_dtype("x", x.dtype)
+    check_batch(x, axis)
     return axis_of(x, axis)
 
 
@@ -138,8 +140,12 @@ def _measure(x, axis, keepdims, *, feature):
 
 def _merge(records, axis, keepdims, *, feature):
     """Return the moments of several chunks together, from their records."""
-    parts = np.moveaxis(records, feature, -1).reshape(-1, records.shape[feature])
-    whole = Moments.sum(Moments(int(p["count"][0]), p["mean"], p["var"]) for p in parts)
+    rows = np.moveaxis(records, feature, -1)
+    parts = rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
+    counts = parts["count"].max(axis=1, initial=0)  # that of every feature, if there is one
+    whole = Moments.sum(
+        Moments(int(n), p["mean"], p["var"]) for n, p in zip(counts, parts, strict=True)
+    )
     merged = _records(whole, records.ndim, feature)
     return merged if keepdims else merged.reshape(-1)
 

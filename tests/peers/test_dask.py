@@ -82,6 +82,36 @@ def test_chunks_of_unknown_sizes(rng):
     assert bn_cy.Moments.sum([found, expected]).count == 2 * expected.count
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_another_byte_order(rng, form, dtype):
+    x, lazy = drawn(rng, form, dtype)
+    swapped = lazy.astype(x.dtype.newbyteorder())
+    found, expected = dask.compute(
+        *(bn_cy.dask.moments(array, axis=form[1]) for array in (swapped, lazy))
+    )
+    assert found.count == expected.count
+    assert np.array_equal(found.mean, expected.mean) and np.array_equal(found.var, expected.var)
+    y = bn_cy.dask.normalize(swapped, *found[1:], axis=form[1])
+    assert y.dtype == y.compute().dtype == dtype and y.dtype.isnative
+    assert np.array_equal(y.compute(), bn_cy.normalize(x, *found[1:], axis=form[1]))
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_no_features(rows):
+    x = da.ones((rows, 5), chunks=(1, 2))[:, :0]
+    (found,) = dask.compute(bn_cy.dask.moments(x))
+    assert found.count == rows and found.mean.shape == found.var.shape == (0,)
+    assert bn_cy.dask.normalize(x, found.mean, found.var).compute().shape == (rows, 0)
+
+
+def test_rows_in_smaller_chunks_cut_the_result(rng):
+    x, lazy = drawn(rng, FORMS[0], np.float32)
+    mean, var = rng.standard_normal(5), rng.uniform(1, 2, 5)
+    y = bn_cy.dask.normalize(lazy, da.from_array(mean, chunks=2), var)
+    assert y.chunks == (lazy.chunks[0], (2, 2, 1))
+    assert np.array_equal(y.compute(), bn_cy.normalize(x, mean, var))
+
+
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(("scale", "shift"), exact.COMBINATIONS)
 @pytest.mark.parametrize("lazy_rows", [False, True])
