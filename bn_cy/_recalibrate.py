@@ -6,6 +6,7 @@ from bn_cy._attributes import places
 from bn_cy._layout import as_plain, copy_all
 from bn_cy._moments import Moments
 from bn_cy.functional import moments
+from bn_cy.layer import BatchNorm
 
 __all__ = ["recalibrate"]
 
@@ -34,8 +35,8 @@ def recalibrate(layer, batches):
     RuntimeError
         If the layer has no running statistics.
     TypeError, ValueError
-        If a batch does not fit, as in `BatchNorm.forward`, or if all of them hold less than two
-        values per feature.
+        If `layer` is no `BatchNorm`, if a batch does not fit, as in `BatchNorm.forward`, or if all
+        of them hold less than two values per feature.
 
     Notes
     -----
@@ -47,6 +48,12 @@ def recalibrate(layer, batches):
     In a network with several such layers, recalibrate them from the first to the last: the input
     of a layer depends on those below it.
 
+    Everything in a batch counts. Of a padded one pass what counts, as a batch of rows:
+    ``np.moveaxis(x, layer.axis, -1)[mask]``, where the layer's `axis` is 1 or -1.
+
+    A `SyncBatchNorm` is recalibrated on each rank alone, by the batches it is given there: give all
+    ranks the same ones.
+
     Examples
     --------
     >>> import numpy as np
@@ -56,6 +63,8 @@ def recalibrate(layer, batches):
     >>> layer.running_mean, layer.running_var, layer.num_batches_tracked
     (array([4.]), array([6.5]), 2)
     """
+    if not isinstance(layer, BatchNorm):
+        raise TypeError(f"layer must be a BatchNorm, got {type(layer).__name__}")
     if not layer.track_running_stats:
         raise RuntimeError("this layer has no running statistics that could be set")
     sizes = []

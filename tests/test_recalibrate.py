@@ -8,7 +8,7 @@ import pytest
 from exact import error
 from test_layer import assert_same_state, snapshot, trained
 
-from bn_cy import BatchNorm, _recalibrate, recalibrate
+from bn_cy import BatchNorm, MicroBatch, _recalibrate, recalibrate
 
 SIZES = [16, 16, 0, 1, 16, 3]
 
@@ -167,6 +167,25 @@ def test_a_read_only_statistic_leaves_all_as_they_were(rng):
     with pytest.raises(ValueError, match="read-only"):
         recalibrate(layer, [rng.standard_normal((4, 5))])
     assert_same_state(snapshot(layer), before)
+
+
+def test_what_is_no_layer_is_refused(rng):
+    for layer in (MicroBatch(BatchNorm(5)), BatchNorm, None):
+        with pytest.raises(
+            TypeError, match=f"layer must be a BatchNorm, got {type(layer).__name__}"
+        ):
+            recalibrate(layer, batches(rng)[0])
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_what_counts_of_padded_batches(rng, axis):
+    shape = (4, 5, 6) if axis == 1 else (4, 6, 5)
+    x, mask = rng.standard_normal((2, *shape)), rng.random((2, 4, 6)) < 0.5
+    layer, whole = (BatchNorm(5, axis=axis, momentum=1.0) for _ in range(2))
+    recalibrate(layer, [np.moveaxis(x[k], axis, -1)[mask[k]] for k in range(2)])
+    whole(np.concatenate(x), mask=np.concatenate(mask))
+    np.testing.assert_allclose(layer.running_mean, whole.running_mean, rtol=1e-13, atol=1e-14)
+    np.testing.assert_allclose(layer.running_var, whole.running_var, rtol=1e-13)
 
 
 def test_a_layer_without_running_statistics_is_refused(rng):
