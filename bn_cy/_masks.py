@@ -1,7 +1,7 @@
 """Batches of which some positions do not count: padding, missing examples.
 
 The rows that count are gathered into a batch of their own, and what comes of it is scattered back.
-So the kernels know nothing of masks, and the result has the bits of a batch without the rest.
+So the kernels know nothing of masks, and the result has the bits of a batch of these rows.
 """
 
 import numpy as np
@@ -51,6 +51,8 @@ class Kept:
         if array.shape != self.shape:
             raise ValueError(f"{name} must have the shape {self.shape} of x, got {array.shape}")
         rows = np.moveaxis(array, self.axis, -1)[self.mask]
+        # Here and not by the kernels, whose copy may have another memory order, and so other bits.
+        rows = rows.astype(native(rows.dtype), copy=False)
         ones = (1,) * (len(self.shape) - 2)
         return np.moveaxis(rows.reshape(len(rows), *ones, self.shape[self.axis]), -1, self.axis)
 
