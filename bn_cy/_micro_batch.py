@@ -43,8 +43,11 @@ class MicroBatch:
     Notes
     -----
     The parts are kept by reference until the backward, with O(features) numbers each, and, after a
-    residual and a ReLU, a bit a value. They must not change before it. The means of float64 data
-    are rounded to float64, as in eval mode. Pickles and copies leave the parts out.
+    residual and a ReLU, a bit a value. They must not change before it. Pickles and copies leave
+    them out. The means of float64 data are rounded to float64, as in eval mode.
+
+    There is no mask: give sequences of different lengths as parts without padding, or of a padded
+    part the rows that count, ``np.moveaxis(x, layer.axis, -1)[mask]``, where `axis` is 1 or -1.
 
     A layer that is used twice in a network needs a `MicroBatch` for each use.
 
@@ -86,7 +89,7 @@ class MicroBatch:
             What the layer gets as `x`, of any sizes; a part may be empty, or of a single value.
         out : iterable of arrays, optional
             Where to write the results, each of the shape and dtype of its part. They may not share
-            memory with each other or with a part; one may be its part's residual.
+            memory with each other, with a part or with the layer; one may be its part's residual.
         residuals : iterable of arrays, optional
             Added to the results, before the ReLU if there is one; each of the shape and dtype of
             its part.

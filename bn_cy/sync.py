@@ -64,15 +64,17 @@ class SyncBatchNorm(BatchNorm):
 
     Where a rank cannot go on, all ranks raise its error, with the number of the first such rank,
     and no layer has changed: a wrong number of features or dtype, an `out`, `residual` or `dout` of
-    another shape, a missing array. So it is with NaN and infinity, as ``on_nonfinite`` says, and
-    with a batch of a single value on all ranks together.
+    another shape, an `out` in memory that is still needed, a missing array. So it is with NaN and
+    infinity, as ``on_nonfinite`` says, and with a batch of a single value on all ranks together.
+    But a rank whose backward finds no forward raises alone, and the others wait.
 
     Running statistics are the same bits on all ranks, and a run with the same parts on the same
     number of ranks repeats bit for bit. ``dgamma`` and ``dbeta`` are of the rank's own part, as in
     PyTorch: add them up over the ranks, or average them, with the gradients of other layers.
     The means of float64 data are rounded to float64, as in eval mode.
 
-    A pickle leaves out the communicator. Copies share it.
+    A pickle leaves out the communicator. Copies share it. `recalibrate` is local to each rank: give
+    all ranks the same batches.
 
     Examples
     --------

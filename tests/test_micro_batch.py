@@ -123,6 +123,23 @@ def test_parts_may_differ_in_shape(rng):
         assert error(np.concatenate(found, axis=2), np.longdouble(expected)) <= 1e-12
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+def test_rows_that_count_of_a_padded_part(rng, axis):
+    """Beside a part that is not padded; a batch of all with a mask."""
+    mask = rng.random((6, 4)) < 0.7
+    mask[3:] = True
+    steps_last, dout = rng.standard_normal((2, 6, 5, 4))
+    x, dout = (np.moveaxis(array, 1, axis) for array in (steps_last, dout))
+    layer, whole = twins(rng, np.float64, axis)
+    micro = MicroBatch(layer)
+    for step, expected in [(micro, whole(x, mask=mask)), (micro.backward, whole.backward(dout))]:
+        given = x if step is micro else dout
+        rows, rest = step([np.moveaxis(given, axis, -1)[:3][mask[:3]], given[3:]])
+        wanted = np.moveaxis(expected, axis, -1)[:3][mask[:3]]
+        np.testing.assert_allclose(rows, wanted, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(rest, expected[3:], rtol=1e-12, atol=1e-12)
+
+
 def test_nothing_of_the_size_of_a_part_is_kept(rng):
     parts = [rng.standard_normal((200, 5)) for _ in range(3)]
     micro = MicroBatch(BatchNorm(5))
