@@ -30,7 +30,7 @@ def check_like(name, array, x):
 
 
 def writable(out, x):
-    """Return the memory of an `out` that can take a result of x."""
+    """Return the memory of an `out` that can take a result of x's shape and dtype."""
     array = as_output(out)
     if array.shape != x.shape or array.dtype != native(x.dtype):
         raise ValueError(

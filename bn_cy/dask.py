@@ -87,8 +87,8 @@ def normalize(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, relu=Fal
     Returns
     -------
     dask.array.Array of x's shape and dtype
-        In x's chunks, unless a row that is a Dask array has smaller ones:
-        ``gamma*(x - mean)/sqrt(var + eps) + beta``, after a ReLU if there is one.
+        ``gamma*(x - mean)/sqrt(var + eps) + beta``, after a ReLU if there is one. In x's chunks;
+        those of the features are cut where a row that is a Dask array has others.
 
     Raises
     ------
