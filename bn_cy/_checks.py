@@ -68,7 +68,10 @@ def check_same_or_apart(out, name, array):
 
 def check_apart_from_layer(out, layer):
     """Refuse an `out` that shares memory with the arrays of a layer."""
-    kept = {"gamma or beta": layer.params, "the running statistics": layer._running}
-    for name, arrays in kept.items():
-        if out is not None and any(np.shares_memory(out, array) for array in arrays.values()):
-            raise ValueError(f"out may not share memory with {name}")
+    if out is None:
+        return
+    target = as_output(out)
+    owned = {"gamma or beta": layer._params, "the running statistics": layer._running}
+    for what, arrays in owned.items():
+        if any(np.shares_memory(target, array) for array in arrays.values()):
+            raise ValueError(f"out may not share memory with {what}")

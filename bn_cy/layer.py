@@ -15,6 +15,7 @@ from bn_cy._attributes import (
     fixed,
     places,
 )
+from bn_cy._checks import check_apart_from_layer
 from bn_cy._forks import give_lock
 from bn_cy._layout import as_float_dtype, as_index, as_output, as_plain
 from bn_cy._masks import Kept
@@ -248,8 +249,7 @@ class BatchNorm(Stateful):
             As `batchnorm_forward`, and if the number of features does not fit. The layer is
             unchanged.
         """
-        if out is not None:
-            self._check_out(out)
+        check_apart_from_layer(out, self)
         if type(x) is not np.ndarray:
             x = as_plain("x", x)
         self._check_features(x)
@@ -435,14 +435,6 @@ class BatchNorm(Stateful):
         """Whether it does so in groups of the batch."""
         return self._ghost_batch_size is not None and self.training and self._measures
 
-    def _check_out(self, out):
-        """Refuse an `out` over the layer's own arrays."""
-        array = as_output(out)
-        owned = {"gamma or beta": self._params, "the running statistics": self._running}
-        for what, arrays in owned.items():
-            if any(np.shares_memory(array, own) for own in arrays.values()):
-                raise ValueError(f"out may not share memory with {what}")
-
     def _check_features(self, x):
         shape = x.shape
         try:
@@ -502,8 +494,7 @@ class BatchNorm(Stateful):
 
     def _gradients(self, dout, cache, out):
         """Return what `batchnorm_backward` does; the one step of a backward that looks at data."""
-        if out is not None:
-            self._check_out(out)
+        check_apart_from_layer(out, self)
         if isinstance(cache, _ghosts.GhostCache):
             return _ghosts.backward(dout, cache, out=out)
         return functional.batchnorm_backward(dout, cache, out=out)
