@@ -271,7 +271,7 @@ def test_the_command(request):
 def test_a_fault_is_printed_with_the_command_that_repeats_it(rng, monkeypatch, capsys):
     Planted(monkeypatch, "moments", lambda results, *_: never_written(results.mean))
     seed = int(rng.integers(2**32))
-    tally = fuzz.make_calls(seed, range(40))
+    tally = fuzz.make_calls(seed, range(80))
     call = tally.faults[0][0]
     assert fuzz.main(["--seed", str(seed), "--only", str(call)]) == 1
     printed = capsys.readouterr().out
