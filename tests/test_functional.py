@@ -212,9 +212,10 @@ def test_swapped_bytes(rng, dtype):
     check_backward(batchnorm_backward(swapped[3], cache), dout, x, gamma, beta, 1e-5, 1)
 
 
-def test_strided_parameters(rng):
-    x, dout, _, _ = draw(rng, (50, 6), 1, np.float64)
-    values = rng.uniform(0.5, 2, (6, 2))
+@pytest.mark.parametrize("features", [1, 2, 6])
+def test_strided_parameters(rng, features):
+    x, dout, _, _ = draw(rng, (50, features), 1, np.float64)
+    values = rng.uniform(0.5, 2, (features, 2))
     check_both(x, dout, values[:, 0], values[::-1, 1], 1)
 
 
@@ -358,6 +359,20 @@ def test_backward_into_memory_that_overlaps_dout(rng):
         np.testing.assert_array_equal(memory[1:], dout)
     else:
         check_backward(gradients, dout, x, gamma, beta, 1e-5, 1)
+
+
+def test_an_output_between_the_values_of_an_input(rng):
+    """No value is of both, though one array lies within the extent of the other."""
+    x, dout, gamma, beta = draw(rng, (64, 8), 1, np.float32)
+    memory = np.zeros((64, 16), np.float32)
+    memory[:, ::2], out = x, memory[:, 1::2]
+    y, cache = batchnorm_forward(memory[:, ::2], gamma, beta, out=out)
+    check_forward(y, x, gamma, beta, 1e-5, 1)
+    memory[:, ::2] = dout
+    gradients = batchnorm_backward(memory[:, ::2], cache, out=out)
+    assert gradients[0] is out
+    check_backward(gradients, dout, x, gamma, beta, 1e-5, 1)
+    np.testing.assert_array_equal(memory[:, ::2], dout)
 
 
 @pytest.mark.parametrize("part", [np.s_[:], np.s_[::-1], np.s_[:, ::-1]])
@@ -538,16 +553,17 @@ def test_statistics_of_a_wrong_shape(rng, name):
         gradient_sums(x, x, **statistics)
 
 
-def test_negative_variance(rng):
+@pytest.mark.parametrize("wrong", [0, 30])
+def test_negative_variance(rng, wrong):
     x = exact.ordinary(rng, (5, 37))
     mean, var = np.zeros(37), np.ones(37)
-    var[[30, 33]] = -1e-300, -2
+    var[[wrong, 33]] = -1e-300, -2
     for call in (
         lambda var: normalize(x, mean, var),
         lambda var: gradient_sums(x, x, mean, var)[1],
         lambda var: input_gradient(x, x, mean, var, None, 1e-5, mean, mean, 5),
     ):
-        with refused(ValueError, "var", "negative", "-1e-300", "30"):
+        with refused(ValueError, "var", "negative", "-1e-300", f"at feature {wrong}"):
             call(var)
         nan = np.isnan(call(np.where(var < 0, np.nan, 1)))
         np.testing.assert_array_equal(nan, np.broadcast_to(var < 0, nan.shape))
