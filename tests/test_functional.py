@@ -1156,8 +1156,12 @@ def every_value_of(x):
     x *= 2
 
 
-def rectified(x):
-    np.maximum(x, 0, out=x)
+def clipped(x):
+    np.maximum(x, np.median(x), out=x)
+
+
+def the_last_bits(x):
+    np.nextafter(x, 0, out=x)
 
 
 def the_next_batch(x):
@@ -1172,7 +1176,14 @@ def the_last_value(x):
     x.flat[-1] = 0
 
 
-CHANGES = [every_value_of, rectified, the_next_batch, the_first_example, the_last_value]
+CHANGES = [
+    every_value_of,
+    clipped,
+    the_last_bits,
+    the_next_batch,
+    the_first_example,
+    the_last_value,
+]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

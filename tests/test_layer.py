@@ -180,6 +180,7 @@ def test_absent_parameters_have_no_gradients(rng, scale, shift):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
+        ({"num_features": 0}, "num_features"),
         ({"num_features": -1}, "num_features"),
         ({"num_features": 2.5}, "num_features"),
         ({"eps": -1.0}, "eps"),
