@@ -53,7 +53,7 @@ SITE = WORK / "site"  # where the package with the mutants is installed
 FILES = ["kernels/*.pxi", "kernels/kernels.pyx", "functional.pyx", "_calls.pyx", "_resources.pyx",
          "_layout.pyx", "_buffers.pyx", "layer.py", "_state.py", "_attributes.py"]  # fmt: skip
 TESTS = ["functional", "layer", "kernels", "activation", "paths", "accuracy", "buffers", "threads",
-         "same_bits", "memory", "processes", "masks", "micro_batch", "sync", "folding"]  # fmt: skip
+         "same_bits", "memory", "processes", "masks", "micro_batch", "sync", "folding", "ghosts"]  # fmt: skip
 # What sees most mutants of the kernels, though it takes seconds.
 DIGESTS = "tests/test_threads.py::test_every_variant_has_the_committed_digests"
 
