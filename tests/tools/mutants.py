@@ -15,8 +15,8 @@ anew.
 A survivor is a test that is missing, or it changes nothing that a test may ask for. For those the
 reasons are in tests/tools/equivalent.txt, by function and text, so that they are given once:
 `equivalent: ...` where no result differs, `slower only: ...` where only speed or memory does,
-`sanitizer: ...` where what stops is another run of CI: the build with the address sanitizer, or with
-every index checked, or memcheck.
+`sanitizer: ...` where what stops is another run of CI: the address sanitizer, the build with every
+index checked, or memcheck.
 
 A single variant of the kernels is built. What the compiler resolves is not mutated, constants
 among it: those of an `enum` can have no switch.
