@@ -11,6 +11,7 @@ import pytest
 from exact import error
 
 from bn_cy import Moments, _moments, moments
+from bn_cy._running import take_in
 
 DTYPES = [np.float32, np.float64]
 
@@ -238,3 +239,21 @@ def test_a_bad_other_is_named():
         of(3).merge(np.zeros(3))
     with pytest.raises(ValueError, match="part 1 has 2, and those before it have 3"):
         of(3).merge(of(2))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_a_batch_is_taken_into_running_statistics(rng, dtype, weight):
+    mean, var = rng.standard_normal((2, 5))
+    running = rng.standard_normal((2, 5)).astype(dtype)
+    wide = running.astype(np.float64)
+    take_in(*running, mean, var, weight, 1.25)
+    expected = wide + weight * (np.array([mean, 1.25 * var]) - wide)
+    np.testing.assert_allclose(running, expected, rtol=4 * np.finfo(dtype).eps, atol=1e-15)
+
+
+def test_running_statistics_of_another_shape_are_refused_and_left():
+    mean, var = np.zeros(4), np.zeros(5)
+    with pytest.raises(ValueError, match=r"must have shape \(4,\).* got \(4,\) and \(5,\)"):
+        take_in(mean, var, np.ones(4), np.ones(4), 0.5, 1.0)
+    assert not mean.any()
