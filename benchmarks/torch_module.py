@@ -54,7 +54,7 @@ def measure(shape, rounds, channels_last):
         x, dout = (t.to(memory_format=torch.channels_last) for t in (x, dout))
     x.requires_grad_()
     layers = modules(shape)
-    for module in layers.values():  # what is done once is done now
+    for module in layers.values():  # the first steps take longer, and are no measure
         seconds(module, x, dout, 20)
     first = {name: seconds(module, x, dout, 3) for name, module in layers.items()}
     repetitions = {name: max(1, int(SLOT / once)) for name, once in first.items()}

@@ -23,20 +23,22 @@ def check_batch(x, axis):
 def check_like(name, array, x):
     """Refuse an array of another shape or dtype than x, in whatever byte order."""
     if array.shape != x.shape or native(array.dtype) != native(x.dtype):
-        raise ValueError(
-            f"{name} must have the shape {x.shape} and dtype {native(x.dtype)} of x, "
-            f"got {array.shape} and {array.dtype}"
-        )
+        raise unlike(name, array, x)
+
+
+def unlike(name, array, x):
+    """Return the error of an array that has another shape or dtype than x."""
+    return ValueError(
+        f"{name} must have the shape {x.shape} and dtype {native(x.dtype)} of x, "
+        f"got {array.shape} and {array.dtype}"
+    )
 
 
 def writable(out, x):
     """Return the memory of an `out` that can take a result of x's shape and dtype."""
     array = as_output(out)
     if array.shape != x.shape or array.dtype != native(x.dtype):
-        raise ValueError(
-            f"out must have the shape {x.shape} and dtype {native(x.dtype)} of x, "
-            f"got {array.shape} and {array.dtype}"
-        )
+        raise unlike("out", array, x)
     if not array.flags.writeable:
         raise ValueError("out must be writable, got a read-only array")
     return array

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bn_cy import functional
-from bn_cy._checks import check_apart_from_layer, check_like, checked_target
+from bn_cy._checks import check_like, checked_target, unlike
 from bn_cy._layout import as_batch, as_index, as_plain, axis_of, new_result
 from bn_cy._moments import Moments
 from bn_cy._parts import count_batches, is_counted
@@ -96,7 +96,6 @@ def forward(layer, x, out, residual, update):
         residual = as_plain("residual", residual)
         check_like("residual", residual, x)
     target = checked_target(out, given, residual=residual)
-    check_apart_from_layer(target, layer)
     places = places_of(x, layer.axis, layer.ghost_batch_size)
     if target is None:
         target = new_result(x, layer.axis)
@@ -126,10 +125,7 @@ def backward(dout, cache, *, out=None):
     x = cache.x
     dout = as_plain("dout", dout)
     if dout.shape != x.shape:
-        raise ValueError(
-            f"dout must have the shape {x.shape} and dtype {x.dtype} of x, "
-            f"got {dout.shape} and {dout.dtype}"
-        )
+        raise unlike("dout", dout, x)
     target = checked_target(out, x, dout=dout)
     if target is None:
         target = new_result(x, cache.axis)

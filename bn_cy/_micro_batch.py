@@ -176,6 +176,7 @@ class MicroBatch:
             with naming(number):
                 douts[number] = dout = as_plain("dout", dout)
                 cache.target(target, dout)
+                check_apart_from_layer(target, self._layer)
                 of_part, from_above = cache.gradient_sums(dout)
                 sums.append(of_part)
                 upstream.append(from_above)

@@ -79,7 +79,7 @@ class Stateful:
         state = {**self.__dict__, "version": PICKLE_VERSION, "_cache": None}
         del state["_lock"]
         state["_params"] = deepcopy(self._params)
-        state["grads"] = deepcopy(state.pop("_grads"))  # as it is called in every version
+        state["grads"] = deepcopy(state.pop("_grads"))  # its name in every pickle
         with self._lock:  # a forward updates these
             state["_tracked"], state["_running"] = deepcopy((self._tracked, self._running))
         return state

@@ -154,6 +154,7 @@ class SyncBatchNorm(BatchNorm):
         try:
             dout = as_plain("dout", dout)
             target = cache.target(out, dout)
+            check_apart_from_layer(target, self)
             sums, upstream = cache.gradient_sums(dout)
         except Exception as error:
             failure = error

@@ -353,13 +353,15 @@ def wrong_forwards(x, layer):
     yield (x,), {"mask": np.ones(3, bool)}, ValueError, r"mask must have the shape \(4,\)"
 
 
-def wrong_backwards(dout):
+def wrong_backwards(dout, layer):
     yield (dout[:, 1:],), {}, ValueError, r"dout must have the shape \(4, 5\)"
     yield (dout.astype(np.int64),), {}, TypeError, "dout must be of floating-point numbers"
     yield (None,), {}, TypeError, "dout must be an array"
     yield (dout,), {"out": dout[1:]}, ValueError, "out must have the shape"
     long = np.zeros((5, FEATURES), dout.dtype)
     yield (long[:-1],), {"out": long[1:]}, ValueError, "out may be dout itself, but may not overlap"
+    given = {"out": exact.over(layer.running_var, dout)}
+    yield (dout,), given, ValueError, "out may not share memory with the running statistics"
 
 
 def read_only(x):
@@ -375,7 +377,7 @@ def errors_of_one_rank(comm, seed):
     layer = SyncBatchNorm(FEATURES, comm=comm)
     for method, wrong in [
         (layer.forward, wrong_forwards(x, layer)),
-        (layer.backward, wrong_backwards(dout)),
+        (layer.backward, wrong_backwards(dout, layer)),
     ]:
         for arguments, options, kind, message in wrong:
             at_fault = int(rng.integers(comm.Get_size()))

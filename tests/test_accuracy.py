@@ -300,23 +300,27 @@ def dgamma_error(dgamma, dout, x, axis, eps=1e-5):
     return norm(dgamma - exact) / norm(np.maximum(abs(exact), np.sqrt((terms**2).sum(axis=0))))
 
 
+def check_dgamma_of_few(kind, x, dout, axis):
+    """Of both ways to it."""
+    _, cache = batchnorm_forward(x, np.ones(x.shape[axis]), axis=axis)
+    found = moments(x, axis=axis)
+    _, dgamma, _ = batchnorm_backward(dout, cache)
+    _, of_pieces = gradient_sums(dout, x, found.mean, found.var, axis=axis)
+    rarely = kind == "a dark image" and 1000 <= x.size // x.shape[axis] < 10_000
+    bound = UNNOTICED if rarely else SUMS
+    assert dgamma_error(dgamma, dout, x, axis) <= bound
+    assert dgamma_error(of_pieces, dout, x, axis) <= bound
+
+
 @pytest.mark.parametrize(("shape", "axis"), FEW_VALUES_IN)
 @pytest.mark.parametrize("kind", FEW_VALUES)
 def test_few_distinct_values(rng, kind, shape, axis):
     """All groups of rows round in the same few ways, and what that leaves of the mean counts as
     often as there are rows, where dout has a mean."""
     x = FEW_VALUES[kind](rng, shape).astype(np.float32)
-    _, cache = batchnorm_forward(x, np.ones(shape[axis]), axis=axis)
-    found = moments(x, axis=axis)
     mean = rng.choice([0, 1, 10, 1000])
-    dout = (mean + rng.standard_normal(shape)).astype(np.float32)
     print("mean of dout", mean)
-    _, dgamma, _ = batchnorm_backward(dout, cache)
-    _, of_pieces = gradient_sums(dout, x, found.mean, found.var, axis=axis)
-    rarely = kind == "a dark image" and 1000 <= x.size // shape[axis] < 10_000
-    bound = UNNOTICED if rarely else SUMS
-    assert dgamma_error(dgamma, dout, x, axis) <= bound
-    assert dgamma_error(of_pieces, dout, x, axis) <= bound
+    check_dgamma_of_few(kind, x, (mean + rng.standard_normal(shape)).astype(np.float32), axis)
 
 
 GRADIENTS_OF_FEW_VALUES = {
@@ -340,15 +344,7 @@ def test_few_distinct_values_and_a_gradient_of_few(rng, kind, shape, axis):
     x = (FEW_VALUES | ALSO_FEW)[kind](rng, shape).astype(np.float32)
     name = rng.choice([*GRADIENTS_OF_FEW_VALUES])
     print("dout is the gradient", name)
-    dout = GRADIENTS_OF_FEW_VALUES[name](rng, shape).astype(np.float32)
-    _, cache = batchnorm_forward(x, np.ones(shape[axis]), axis=axis)
-    found = moments(x, axis=axis)
-    _, dgamma, _ = batchnorm_backward(dout, cache)
-    _, of_pieces = gradient_sums(dout, x, found.mean, found.var, axis=axis)
-    rarely = kind == "a dark image" and 1000 <= x.size // shape[axis] < 10_000
-    bound = UNNOTICED if rarely else SUMS
-    assert dgamma_error(dgamma, dout, x, axis) <= bound
-    assert dgamma_error(of_pieces, dout, x, axis) <= bound
+    check_dgamma_of_few(kind, x, GRADIENTS_OF_FEW_VALUES[name](rng, shape).astype(np.float32), axis)
 
 
 BY_TURNS_IN = [

@@ -361,6 +361,11 @@ def test_an_output_in_the_memory_of_the_layer_is_refused(rng, mode, name):
     with pytest.raises(ValueError, match=f"^part 1: out may not share memory with {what}"):
         MicroBatch(layer)(X, out=out)
     assert_same_state(snapshot(layer), before)
+    micro = MicroBatch(layer)
+    micro.forward(X, update=False)
+    with pytest.raises(ValueError, match=f"^part 1: out may not share memory with {what}"):
+        micro.backward(X, out=out)
+    assert_same_state(snapshot(layer), before)
     assert np.array_equal(BASE, base)
 
 
