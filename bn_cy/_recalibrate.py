@@ -35,8 +35,8 @@ def recalibrate(layer, batches):
     RuntimeError
         If the layer has no running statistics.
     TypeError, ValueError
-        If `layer` is no `BatchNorm`, if a batch does not fit, as in `BatchNorm.forward`, or if all
-        of them hold less than two values per feature.
+        If the layer is no `BatchNorm`, if a batch does not fit, as in `BatchNorm.forward`, or if
+        all of them hold less than two values per feature.
 
     Notes
     -----
