@@ -24,7 +24,7 @@ cdef Cache measured_cache(x, axis)
 cdef Cache frozen_cache(x, mean, var, axis)
 cdef int describe(Cache cache, gamma, beta, eps, bint relu) except -1
 cdef tuple gradients(Cache cache, dout, out)
-cdef gradient_rows(Cache cache, dout, dresidual)
+cdef gradient_rows(Cache cache, dout)
 cdef run_forward(
     Cache cache, x, gamma, beta, eps, out, bint relu, residual, bint measure,
     Running *running, bint backward)

@@ -227,33 +227,30 @@ def part_forward(
 
 
 def part_sums(Cache cache, dout):
-    """sum(dout) and sum(dout*xhat) over a part; and dresidual, or None if there was no residual."""
+    """sum(dout) and sum(dout*xhat) over a part."""
     check_unchanged(cache)
-    dresidual = cache.batch.empty() if cache.added else None
-    return gradient_rows(cache, dout, dresidual), dresidual
+    return gradient_rows(cache, dout)
 
 
-def part_gradient(Cache cache, dout, dresidual, sums, out):
-    """dx, given the sums over the whole; through a residual it is that of dresidual."""
+def part_gradient(Cache cache, dout, sums, out):
+    """dx, given the sums over the whole, and dresidual, which is None without a residual."""
     cdef Block rows = rows_of(cache.batch, 2)
     cdef double *of_whole = <double *>rows.start
     cache.batch.row(of_whole, "sum_dout", sums[0])
     cache.batch.row(of_whole + cache.batch.shape.features, "sum_dout_xhat", sums[1])
-    if cache.added:
-        dout = dresidual
-    return run_backward(cache, dout, None, None, dresidual, of_whole, False, out)
+    dresidual = cache.batch.empty() if cache.added else None
+    dx = run_backward(cache, dout, None, None, dresidual, of_whole, False, out)
+    return dx, dresidual
 
 
-cdef gradient_rows(Cache cache, dout, dresidual):
+cdef gradient_rows(Cache cache, dout):
     """sum(dout) and sum(dout*xhat), the first half of a backward: two rows of an array."""
     cdef Memory memory
-    cdef void *to_dresidual
     memory.held = 0
     sums = np.zeros((2, cache.batch.shape.features))
     try:
-        to_dresidual = NULL if dresidual is None else hold(&memory, "dresidual", dresidual).buf
         launch_backward(
-            cache, NULL, NULL, NULL, to_dresidual, <double *>hold(&memory, "sums", sums).buf,
+            cache, NULL, NULL, NULL, NULL, <double *>hold(&memory, "sums", sums).buf,
             cache.batch.like_x(&memory, "dout", dout, True).buf, True)
     finally:
         release(&memory)

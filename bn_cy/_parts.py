@@ -77,19 +77,19 @@ class PartCache:
         return self.kept.target(out)
 
     def gradient_sums(self, dout):
-        """Return sum(dout) and sum(dout*xhat) over this part, and what `input_gradients` needs.
+        """Return sum(dout) and sum(dout*xhat) over this part, and what counts of dout.
 
-        That is what counts of dout, and dresidual, which is None without a residual.
+        `input_gradients` needs both.
         """
         if self.kept is not None:
             dout = self.kept.gather("dout", dout)
-        sums, dresidual = part_sums(self.local, dout)
-        return sums, (dout, dresidual)
+        return part_sums(self.local, dout), dout
 
-    def input_gradients(self, dout, dresidual, sums, target):
+    def input_gradients(self, dout, sums, target):
         """Return dx, given the sums over the whole, and dresidual if there was a residual."""
         out = target if self.kept is None else None
-        dx = self._whole(part_gradient(self.local, dout, dresidual, sums, out), target)
+        dx, dresidual = part_gradient(self.local, dout, sums, out)
+        dx = self._whole(dx, target)
         return (dx, self._whole(dresidual, self.target(None))) if self.residual else (dx,)
 
     def _whole(self, rows, target):

@@ -353,7 +353,7 @@ def gradient_sums(
     """
     cdef Call cache = frozen_cache(x, mean, var, axis)
     describe(cache, gamma, beta, eps, relu)
-    sums = gradient_rows(cache, dout, None)
+    sums = gradient_rows(cache, dout)
     return sums[0], sums[1]
 
 

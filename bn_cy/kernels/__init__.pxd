@@ -9,7 +9,7 @@ cdef extern from *:
     """
     /* The name of the capsule. A change below raises its number, so that a module that was not
        compiled again is refused; tests/test_capi.py holds the two together. */
-    #define BN_CY_KERNELS "bn_cy.kernels/1"
+    #define BN_CY_KERNELS "bn_cy.kernels/2"
     """
     const char *KERNELS_NAME "BN_CY_KERNELS"
 
@@ -36,9 +36,10 @@ cdef inline void join_runs(Shape *shape) noexcept nogil:
 
 
 cdef inline Py_ssize_t signs_room(const Shape *shape) noexcept nogil:
-    """Bytes for the signs: their rows, which are images or rows of the array, begin with a byte."""
+    """Bytes for the signs: their rows, which are images or rows of the array, begin with a byte.
+    A few more are read at the end."""
     cdef Py_ssize_t images = shape.features if shape.inner >= 16 else 1
-    return shape.outer * (shape.features * shape.inner // 8 + images) + 2
+    return shape.outer * (shape.features * shape.inner // 8 + images) + 4
 
 
 # Averages over batches, a double a feature each: running += weight*(batch - running).
@@ -60,7 +61,7 @@ cdef struct Resources:  # what a call may use; has no say in the bits of any res
 # What follows the normalization, in the same pass: y = max(gamma*xhat + beta + residual, 0).
 cdef struct Activation:
     bint relu             # dout counts where y > 0
-    void *residual        # added; for the backward its gradient, to be filled; NULL: there is none
+    void *residual        # added; in a backward its gradient, filled with dx; NULL: there is none
     # Of a residual with a ReLU: a bit a value, whether y > 0, in as many bytes as `signs_room`
     # says. NULL, if there is not both, or no backward.
     unsigned char *signs
@@ -75,9 +76,9 @@ ctypedef int (*Forward)(
     const Activation *then, const Resources *use) noexcept nogil
 
 # With `measure`, finds the sums of dout, and of dout*xhat in a second row, and dgamma and dbeta
-# unless they are NULL; without, sums are given, and there is no residual. Then fills dx unless it
-# is NULL. dx may be dout. Frozen statistics do not depend on x: they are those of infinitely many
-# values, count = inf.
+# unless they are NULL; without, sums are given. Then, unless dx is NULL, fills dx and the gradient
+# of a residual. dx may be dout. Frozen statistics do not depend on x: they are those of infinitely
+# many values, count = inf.
 ctypedef int (*Backward)(
     void *dx, void *dgamma, void *dbeta, double *sums, double *statistics,
     const void *dout, const void *x,

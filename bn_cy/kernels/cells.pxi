@@ -1,23 +1,10 @@
 # The first pass over a block: cell by cell, and the sums of cells in a tree of halves.
 #
-# Derivation and twins: those of sums.pxi; this is the order of its sums beyond a piece of rows.
+# Derivation and twins: those of terms.pxi; this is the order of its sums beyond a piece of rows.
 # Tests: tests/test_same_bits.py, tests/test_accuracy.py.
-# Bytes moved: those of sums.pxi; of partial sums 16 a feature and cell.
+# Bytes moved: those of terms.pxi; of partial sums 16 a feature and cell.
 
 from libc.string cimport memset
-
-
-cdef inline void sum_piece(
-    double[:, ::1] columns, const floating[:, ::1] x, const floating[:, ::1] dout,
-    const real[:, ::1] centres, Py_ssize_t column, bint run, Direction way,
-) noexcept nogil:
-    if run:
-        sum_run(
-            &columns[FIRST, column], &columns[SECOND, column], x, dout,
-            centres[CENTRE, column], centres[CENTRE_SCALE, column],
-            gate_at(centres, column, way), way)
-    else:
-        sum_columns(columns, x, dout, centres, way)
 
 
 cdef void sum_cell(
@@ -34,10 +21,17 @@ cdef void sum_cell(
     memset(&columns[FIRST, 0], 0, b.width * sizeof(double))
     memset(&columns[SECOND, 0], 0, b.width * sizeof(double))
     while next_piece(&p, g, b):
-        sum_piece(
-            columns, rows_of(&x[0, 0, 0] + p.offset, p.rows, p.width, g.stride),
-            rows_of(&dout[0, 0, 0] + p.offset, p.rows, p.width, g.stride),
-            centres, p.column, g.runs, way)
+        if g.runs:
+            sum_run(
+                &columns[FIRST, p.column], &columns[SECOND, p.column],
+                &x[0, 0, 0] + p.offset, &dout[0, 0, 0] + p.offset, p.rows, p.width, g.stride,
+                &g.signs, p.offset, centres[CENTRE, p.column], centres[CENTRE_SCALE, p.column],
+                gate_at(centres, p.column, way), way)
+        else:
+            sum_columns(
+                columns, rows_of(&x[0, 0, 0] + p.offset, p.rows, p.width, g.stride),
+                rows_of(&dout[0, 0, 0] + p.offset, p.rows, p.width, g.stride),
+                &g.signs, p.offset, centres, way)
     if apart:
         fold(row_of(&total[FIRST, 0], b.size), row_of(&columns[FIRST, 0], b.width), g, b)
         fold(row_of(&total[SECOND, 0], b.size), row_of(&columns[SECOND, 0], b.width), g, b)
@@ -52,8 +46,10 @@ cdef inline void sum_cell_of(
         sum_cell(total, x, x, centres, g, b, cell, FORWARDS)
     elif way == BACKWARDS:
         sum_cell(total, x, dout, centres, g, b, cell, BACKWARDS)
-    else:
+    elif way == GATED:
         sum_cell(total, x, dout, centres, g, b, cell, GATED)
+    else:
+        sum_cell(total, x, dout, centres, g, b, cell, SIGNED)
 
 
 cdef void partial_sums(

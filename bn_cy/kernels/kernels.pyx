@@ -20,10 +20,11 @@ from bn_cy.kernels cimport (
 include "machine.pxi"    # C: views, stores past the cache, fetches, aligned scratch
 include "plan.pxi"       # how a shape is walked: Grid, Block, Piece
 include "columns.pxi"    # from features to columns and back
-include "sums.pxi"       # the first passes: sum(u) and sum(u*v) of columns
+include "signs.pxi"      # the signs of y, a bit each, and dout behind them
+include "terms.pxi"      # what the first passes add up: sum(u) and sum(u*v)
+include "sums.pxi"       # their sums of columns
 include "runs.pxi"       # and of runs
 include "cells.pxi"      # and of cells, in a tree
-include "signs.pxi"      # the signs of y, a bit each, and dout behind them
 include "writes.pxi"     # the second passes: y, dx
 include "moments.pxi"    # mean and variance; what y needs
 include "gradients.pxi"  # dgamma and dbeta; what dx needs
@@ -99,9 +100,10 @@ cdef int backward(
     const floating[:, :, ::1] dout, const floating[:, :, ::1] x, double count,
     double[:, :, ::1] partials, const Call *c,
 ) noexcept nogil:
-    """dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n)."""
-    cdef const floating[:, :, ::1] opened = (
-        dout if c.dresidual == NULL else array_like(<floating *>c.dresidual, dout))
+    """dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n). What a ReLU lets through of dout may be
+    there when dx is written, as it was put beside on its way into the sums."""
+    cdef const floating[:, :, ::1] upstream = (
+        dout if c.sums.signs.opened == NULL else array_like(<floating *>c.sums.signs.opened, dout))
     cdef Py_ssize_t i, cells = c.sums.cells // c.branches
     if c.by_cells:
         with parallel(num_threads=c.threads):
@@ -111,34 +113,36 @@ cdef int backward(
                 wait_for_all()
                 for i in prange(c.slices, schedule="static"):
                     finish_backward_slice(
-                        dgamma, dbeta, sums, statistics, opened, x, partials, c, i)
+                        dgamma, dbeta, sums, statistics, dout, x, partials, c, i)
                 wait_for_all()
             if c.write:
                 for i in prange(c.threads, schedule="static"):
-                    write_cells_of(i, dx, x, opened, statistics, sums, count, c)
+                    write_cells_of(i, dx, x, upstream, statistics, sums, count, c)
     elif c.threads == 1:
         for i in range(c.blocks):
-            backward_block(dx, dgamma, dbeta, sums, statistics, dout, x, count, partials, c, i)
+            backward_block(
+                dx, dgamma, dbeta, sums, statistics, dout, upstream, x, count, partials, c, i)
     else:
         for i in prange(c.blocks, num_threads=c.threads, schedule="static"):
-            backward_block(dx, dgamma, dbeta, sums, statistics, dout, x, count, partials, c, i)
+            backward_block(
+                dx, dgamma, dbeta, sums, statistics, dout, upstream, x, count, partials, c, i)
     return 0
 
 
 cdef void backward_block(
     floating[:, :, ::1] dx, floating[::1] dgamma, floating[::1] dbeta,
     double[:, ::1] sums, double[:, ::1] statistics,
-    const floating[:, :, ::1] dout, const floating[:, :, ::1] x, double count,
-    double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
+    const floating[:, :, ::1] dout, const floating[:, :, ::1] upstream,
+    const floating[:, :, ::1] x, double count, double[:, :, ::1] partials, const Call *c,
+    Py_ssize_t i,
 ) noexcept nogil:
     cdef Block b = block_of(&c.sums, c, i)
-    cdef const floating[:, :, ::1] opened = open_gate(dout, c, &b, 0, c.sums.cells)
     if c.measure:
         gradients_of_block(
-            c.summed, of_features(sums, &b), dgamma, dbeta, of_features(statistics, &b), opened, x,
+            c.summed, of_features(sums, &b), dgamma, dbeta, of_features(statistics, &b), dout, x,
             &c.sums, &b, partials)
     if c.write:
-        write_block(dx, x, opened, statistics, sums, count, c, i, 0, c.writes.cells)
+        write_block(dx, x, upstream, statistics, sums, count, c, i, 0, c.writes.cells)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -154,10 +158,18 @@ cdef inline int written_forward(const Activation *then) noexcept nogil:
     return <int>RECTIFIED if then.relu else <int>FORWARDS
 
 
-cdef inline int written_backward(bint gated, bint frozen) noexcept nogil:
-    if frozen:
-        return <int>PASSED if gated else <int>FORWARDS
-    return <int>GATED if gated else <int>BACKWARDS
+cdef inline int summed_backward(const Activation *then) noexcept nogil:
+    if then.signs != NULL:
+        return <int>SIGNED
+    return <int>GATED if then.relu else <int>BACKWARDS
+
+
+cdef inline int written_backward(const Activation *then, bint frozen) noexcept nogil:
+    if then.residual != NULL:
+        return <int>HANDED if frozen else <int>SIGNED
+    if then.relu:
+        return <int>PASSED if frozen else <int>GATED
+    return <int>FORWARDS if frozen else <int>BACKWARDS
 
 
 cdef int take_partials(double **memory, Shape *shape, const Call *c) noexcept nogil:
@@ -208,14 +220,16 @@ cdef int enter_backward(
     cdef Call c
     cdef double *partials
     cdef Shape of_partials
-    cdef bint gated = then.relu and then.residual == NULL
     if is_empty(shape):
         return 0
     c = plan_call(
         shape, sizeof(floating), measure, dx != NULL, dx == dout,
-        <int>GATED if gated else <int>BACKWARDS, written_backward(gated, isinf(count)),
+        summed_backward(then), written_backward(then, isinf(count)),
         then.signs, use)
-    c.dresidual = then.residual if measure else NULL
+    c.writes.signs.opened = then.residual
+    if then.residual != NULL and measure and c.summed == SIGNED and c.writing != STREAMING:
+        c.sums.signs.opened = then.residual  # while it is in the cache; and dx is written of that
+        c.written = <int>FORWARDS if isinf(count) else <int>BACKWARDS
     if take_partials(&partials, &of_partials, &c):
         return -1
     backward(

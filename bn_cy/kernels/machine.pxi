@@ -125,58 +125,102 @@ cdef extern from *:
         return (bn_float_bits(a) | bn_float_bits(factor)) & -same;
     }
 
-    /* Which of eight values are positive, a bit each from the lowest on. */
-    static inline unsigned bn_positive_floats(const float *y) {
-    #if defined(__AVX__)
-        return _mm256_movemask_ps(
-            _mm256_cmp_ps(_mm256_loadu_ps(y), _mm256_setzero_ps(), _CMP_GT_OQ));
-    #else
-        unsigned bits = 0;
-        for (int i = 0; i < 8; i++) bits |= (unsigned)(y[i] > 0) << i;
-        return bits;
+    /* Which of 8*bytes values are positive, a bit each from the lowest of a byte on. */
+    static inline void bn_sign_floats(unsigned char *bits, const float *y, size_t bytes) {
+        size_t i = 0;
+    #if defined(__AVX512F__)
+        for (; i + 2 <= bytes; i += 2) {
+            const __mmask16 some = _mm512_cmp_ps_mask(
+                _mm512_loadu_ps(y + 8 * i), _mm512_setzero_ps(), _CMP_GT_OQ);
+            memcpy(bits + i, &some, 2);
+        }
     #endif
+        for (; i < bytes; i++) {
+    #if defined(__AVX__)
+            bits[i] = (unsigned char)_mm256_movemask_ps(
+                _mm256_cmp_ps(_mm256_loadu_ps(y + 8 * i), _mm256_setzero_ps(), _CMP_GT_OQ));
+    #else
+            unsigned some = 0;
+            for (int k = 0; k < 8; k++) some |= (unsigned)(y[8 * i + k] > 0) << k;
+            bits[i] = (unsigned char)some;
+    #endif
+        }
     }
 
-    static inline unsigned bn_positive_doubles(const double *y) {
+    static inline void bn_sign_doubles(unsigned char *bits, const double *y, size_t bytes) {
+        for (size_t i = 0; i < bytes; i++) {
     #if defined(__AVX__)
-        const __m256d zero = _mm256_setzero_pd();
-        return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(y), zero, _CMP_GT_OQ))
-            | _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(y + 4), zero, _CMP_GT_OQ)) << 4;
+            const __m256d zero = _mm256_setzero_pd();
+            bits[i] = (unsigned char)(
+                _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(y + 8 * i), zero, _CMP_GT_OQ))
+                | _mm256_movemask_pd(
+                    _mm256_cmp_pd(_mm256_loadu_pd(y + 8 * i + 4), zero, _CMP_GT_OQ)) << 4);
     #else
-        unsigned bits = 0;
-        for (int i = 0; i < 8; i++) bits |= (unsigned)(y[i] > 0) << i;
-        return bits;
+            unsigned some = 0;
+            for (int k = 0; k < 8; k++) some |= (unsigned)(y[8 * i + k] > 0) << k;
+            bits[i] = (unsigned char)some;
     #endif
+        }
     }
 
-    /* Copy those of eight values whose bit is set, and 0 for the others. */
-    static inline void bn_open_floats(float *to, const float *from, unsigned bits) {
-    #if defined(__AVX512VL__)
-        _mm256_storeu_ps(to, _mm256_maskz_loadu_ps((__mmask8)bits, from));
+    /* Copy those of `count` values whose bit is set, and 0 for the others. The bits begin at bit
+       `at`, from the lowest of a byte on; up to three bytes after the last one are read. */
+    #if defined(__AVX2__)
+    static inline uint32_t bn_bits_at(const unsigned char *bits, size_t at) {
+        uint32_t some;
+        memcpy(&some, bits + at / 8, sizeof some);
+        return some >> at % 8;
+    }
+    #endif
+
+    static inline void bn_open_floats(
+            float *to, const float *from, const unsigned char *bits, size_t at, size_t count) {
+        size_t i = 0;
+    #if defined(__AVX512DQ__)
+        for (; i + 16 <= count; i += 16)
+            _mm512_storeu_si512(to + i, _mm512_and_si512(
+                _mm512_movm_epi32((__mmask16)bn_bits_at(bits, at + i)),
+                _mm512_loadu_si512(from + i)));
+        const __mmask16 left = (__mmask16)((1 << (count - i)) - 1);
+        _mm512_mask_storeu_ps(to + i, left, _mm512_maskz_loadu_ps(
+            left & (__mmask16)bn_bits_at(bits, at + i), from + i));
+        return;
     #elif defined(__AVX2__)
         const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-        const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)bits), each);
-        const __m256i open = _mm256_cmpeq_epi32(set, each);
-        _mm256_storeu_ps(to, _mm256_and_ps(_mm256_castsi256_ps(open), _mm256_loadu_ps(from)));
-    #else
-        for (int i = 0; i < 8; i++) to[i] = bits >> i & 1 ? from[i] : 0;
+        for (; i + 8 <= count; i += 8) {
+            const __m256i some = _mm256_set1_epi32((int)bn_bits_at(bits, at + i));
+            const __m256i open = _mm256_cmpeq_epi32(_mm256_and_si256(some, each), each);
+            _mm256_storeu_ps(
+                to + i, _mm256_and_ps(_mm256_castsi256_ps(open), _mm256_loadu_ps(from + i)));
+        }
     #endif
+        for (; i < count; i++)
+            to[i] = bits[(at + i) / 8] >> (at + i) % 8 & 1 ? from[i] : 0;
     }
 
-    static inline void bn_open_doubles(double *to, const double *from, unsigned bits) {
-    #if defined(__AVX512F__)
-        _mm512_storeu_pd(to, _mm512_maskz_loadu_pd((__mmask8)bits, from));
+    static inline void bn_open_doubles(
+            double *to, const double *from, const unsigned char *bits, size_t at, size_t count) {
+        size_t i = 0;
+    #if defined(__AVX512DQ__)
+        for (; i + 8 <= count; i += 8)
+            _mm512_storeu_si512(to + i, _mm512_and_si512(
+                _mm512_movm_epi64((__mmask8)bn_bits_at(bits, at + i)),
+                _mm512_loadu_si512(from + i)));
+        const __mmask8 left = (__mmask8)((1 << (count - i)) - 1);
+        _mm512_mask_storeu_pd(to + i, left, _mm512_maskz_loadu_pd(
+            left & (__mmask8)bn_bits_at(bits, at + i), from + i));
+        return;
     #elif defined(__AVX2__)
-        for (int i = 0; i < 8; i += 4) {
-            const __m256i each = _mm256_setr_epi64x(1, 2, 4, 8);
-            const __m256i set = _mm256_and_si256(_mm256_set1_epi64x(bits >> i), each);
-            const __m256i open = _mm256_cmpeq_epi64(set, each);
+        const __m256i each = _mm256_setr_epi64x(1, 2, 4, 8);
+        for (; i + 4 <= count; i += 4) {
+            const __m256i some = _mm256_set1_epi64x(bn_bits_at(bits, at + i));
+            const __m256i open = _mm256_cmpeq_epi64(_mm256_and_si256(some, each), each);
             _mm256_storeu_pd(
                 to + i, _mm256_and_pd(_mm256_castsi256_pd(open), _mm256_loadu_pd(from + i)));
         }
-    #else
-        for (int i = 0; i < 8; i++) to[i] = bits >> i & 1 ? from[i] : 0;
     #endif
+        for (; i < count; i++)
+            to[i] = bits[(at + i) / 8] >> (at + i) % 8 & 1 ? from[i] : 0;
     }
 
     /* All threads of a parallel region arrive before one goes on. (Cython's loops end without.) */
@@ -232,12 +276,16 @@ cdef extern from *:
     unsigned repeated_bits "bn_repeated"(float a, float b) noexcept nogil
     unsigned repeated_product "bn_repeated_product"(
         float a, float b, float factor) noexcept nogil
-    unsigned positive_floats "bn_positive_floats"(const float *y) noexcept nogil
-    unsigned positive_doubles "bn_positive_doubles"(const double *y) noexcept nogil
+    void sign_floats "bn_sign_floats"(
+        unsigned char *bits, const float *y, size_t count) noexcept nogil
+    void sign_doubles "bn_sign_doubles"(
+        unsigned char *bits, const double *y, size_t count) noexcept nogil
     void open_floats "bn_open_floats"(
-        float *to, const float *source, unsigned bits) noexcept nogil
+        float *to, const float *source, const unsigned char *bits, size_t at,
+        size_t count) noexcept nogil
     void open_doubles "bn_open_doubles"(
-        double *to, const double *source, unsigned bits) noexcept nogil
+        double *to, const double *source, const unsigned char *bits, size_t at,
+        size_t count) noexcept nogil
     const char *C_FLAGS "BN_CY_FLAGS"
     const double LARGEST "DBL_MAX"
     const bint STREAMS "BN_STREAMS"  # whether there are stores past the cache

@@ -68,6 +68,12 @@ cdef enum:  # They do not.
     CHUNK = 1024
 
 
+cdef struct Signs:  # a bit a value, see signs.pxi
+    unsigned char *bits    # or NULL
+    Py_ssize_t row, pitch  # values of a row, and their bits with those that fill the last byte
+    void *opened           # where what they let through of dout is put, or NULL
+
+
 cdef struct Grid:
     Py_ssize_t outer, features, inner  # the array
     Py_ssize_t count                   # values of a feature
@@ -79,6 +85,7 @@ cdef struct Grid:
     Py_ssize_t each                    # columns: of a feature, in a row of the array
     Py_ssize_t times                   # columns: rows of the array that are merged into one
     Py_ssize_t cells, unit             # how many cells, each of whole units of rows
+    Signs signs                        # of all values, where they are to be set or to be heeded
 
 
 cdef struct Block:

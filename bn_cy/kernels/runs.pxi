@@ -1,7 +1,6 @@
 # The first passes over runs: all columns of a row are of one feature.
 #
-# Derivation, twins, tests and bytes moved: those of sums.pxi, of which this is the other half; the
-# terms, and the directions, are the same.
+# Derivation, twins, tests and bytes moved: those of terms.pxi; this is the other half of sums.pxi.
 #
 # A sum is that of LANES values side by side, in registers.
 
@@ -28,83 +27,103 @@ cdef inline unsigned all_bits(const unsigned *bits) noexcept nogil:
 
 
 cdef void compare_along(
-    unsigned *bits, const floating[:, ::1] x, const floating[:, ::1] dout,
-    real shift, real scale, Gate gate, Direction way,
+    unsigned *bits, const floating[:, ::1] x, const floating[:, ::1] dout, const Signs *signs,
+    Py_ssize_t offset, real shift, real scale, Gate gate, Direction way,
 ) noexcept nogil:
     """LANES values with some that are DISTANCES behind them in their row. A single short row is
     spared this: it would take a twentieth of its time."""
+    cdef floating room[2 * LANES]
+    cdef const floating *near
+    cdef const floating *far
     cdef Py_ssize_t j, k, at
+    offset += COMPARED * (x.strides[0] // <Py_ssize_t>sizeof(floating))
     for k in range(min(<Py_ssize_t>APART, x.shape[0] * x.shape[1] // VALUES_FOR_EACH)):
-        if 2 * DISTANCES[k] > x.shape[1]:
+        at = DISTANCES[k]
+        if 2 * at > x.shape[1]:
             return
+        near = upstream_row(room, &dout[COMPARED, 0], signs, offset, LANES, way)
+        far = upstream_row(
+            room + LANES, &dout[COMPARED, at], signs, offset + at, LANES, way)
         for j in range(LANES):
-            at = j + DISTANCES[k]
             bits[j] |= repeated(
-                x[COMPARED, j], x[COMPARED, at], dout[COMPARED, j], dout[COMPARED, at],
-                shift, scale, gate, way)
+                x[COMPARED, j], x[COMPARED, at + j], near[j], far[j], shift, scale, gate, way)
 
 
 cdef inline void sum_steps(
     double *lanes1, double *lanes2, unsigned *bits,
-    const floating[:, ::1] x, const floating[:, ::1] dout, Py_ssize_t i, Py_ssize_t start,
-    Py_ssize_t steps, real shift, real scale, Gate gate, Direction way,
+    const floating[:, ::1] x, const floating[:, ::1] dout, Py_ssize_t steps,
+    real shift, real scale, Gate gate, Direction way,
 ) noexcept nogil:
-    """Eight rows from i on, in up to STEPS steps of LANES columns. Here, too, of two arrays four
-    rows and then the others: images are often a multiple of 4 KB apart."""
+    """Eight rows, in up to STEPS steps of LANES columns. Here, too, of two arrays four rows and
+    then the others: images are often a multiple of 4 KB apart."""
     cdef real terms[STEPS * LANES]
     cdef real products[STEPS * LANES]
     cdef Py_ssize_t j, k, at
     if Direction is Forwards:
         for k in range(steps):
             for j in range(LANES):
-                at = start + k * LANES + j
-                lanes1[j] += terms8(x, dout, i, at, shift, gate, way)
-                lanes2[j] += products8(x, dout, i, at, shift, scale, gate, way)
+                at = k * LANES + j
+                lanes1[j] += terms8(x, dout, 0, at, shift, gate, way)
+                lanes2[j] += products8(x, dout, 0, at, shift, scale, gate, way)
                 bits[j] |= repeated_rows(
-                    x, dout, i + COMPARED, i + COMPARED + 1, at, shift, scale, gate, way)
+                    x, dout, COMPARED, COMPARED + 1, at, shift, scale, gate, way)
     else:
         for k in range(steps):
             for j in range(LANES):
                 at = k * LANES + j
-                terms[at] = terms4(x, dout, i, start + at, shift, gate, way)
-                products[at] = products4(x, dout, i, start + at, shift, scale, gate, way)
+                terms[at] = terms4(x, dout, 0, at, shift, gate, way)
+                products[at] = products4(x, dout, 0, at, shift, scale, gate, way)
                 bits[j] |= repeated_rows(
-                    x, dout, i + COMPARED, i + COMPARED + 1, start + at, shift, scale, gate, way)
+                    x, dout, COMPARED, COMPARED + 1, at, shift, scale, gate, way)
         for k in range(steps):
             for j in range(LANES):
                 at = k * LANES + j
-                lanes1[j] += terms[at] + terms4(x, dout, i + HALF, start + at, shift, gate, way)
+                lanes1[j] += terms[at] + terms4(x, dout, HALF, at, shift, gate, way)
                 lanes2[j] += products[at] + products4(
-                    x, dout, i + HALF, start + at, shift, scale, gate, way)
+                    x, dout, HALF, at, shift, scale, gate, way)
 
 
-cdef inline void sum_groups(
+cdef void sum_groups(
     double *sum1, double *sum2, const floating[:, ::1] x, const floating[:, ::1] dout,
-    Py_ssize_t groups, real shift, real scale, Gate gate, Direction way,
+    const Signs *signs, Py_ssize_t offset, Py_ssize_t groups, real shift, real scale, Gate gate,
+    Direction way,
 ) noexcept nogil:
     """Groups of eight rows, in LANES sums in registers; columns that make no step go to the first
     of these."""
+    cdef floating storage[GROUP * STEPS * LANES + 2 * LINE]
+    cdef floating *room = <floating *>aligned(storage)
+    cdef const floating[:, ::1] xs
+    cdef const floating[:, ::1] douts
     cdef double lanes1[LANES]
     cdef double lanes2[LANES]
     cdef unsigned bits[LANES]
-    cdef Py_ssize_t g, i, j, k, steps = x.shape[1] // LANES
+    cdef Py_ssize_t g, i, j, k, start, width, steps = x.shape[1] // LANES
+    cdef Py_ssize_t stride = x.strides[0] // <Py_ssize_t>sizeof(floating)
     memcpy(lanes1, ZEROS, sizeof(lanes1))
     memcpy(lanes2, ZEROS, sizeof(lanes2))
     memcpy(bits, ZEROS, sizeof(bits))
     for g in range(groups):
         i = g * GROUP
         for k in range(ceil_div(steps, STEPS)):
-            sum_steps(
-                lanes1, lanes2, bits, x, dout, i, k * STEPS * LANES,
-                min(<Py_ssize_t>STEPS, steps - k * STEPS), shift, scale, gate, way)
-        for j in range(steps * LANES, x.shape[1]):
-            k = j - steps * LANES
-            lanes1[k] += terms8(x, dout, i, j, shift, gate, way)
-            lanes2[k] += products8(x, dout, i, j, shift, scale, gate, way)
-            bits[k] |= repeated_rows(
-                x, dout, i + COMPARED, i + COMPARED + 1, j, shift, scale, gate, way)
+            start = k * STEPS * LANES
+            width = min(<Py_ssize_t>STEPS * LANES, steps * LANES - start)
+            xs = tile(x, i, start, GROUP, width)
+            douts = upstream_rows(
+                room, tile(dout, i, start, GROUP, width), signs, offset + i * stride + start, way)
+            sum_steps(lanes1, lanes2, bits, xs, douts, width // LANES, shift, scale, gate, way)
+        start, width = steps * LANES, x.shape[1] % LANES
+        if width == 0:
+            continue
+        xs = tile(x, i, start, GROUP, width)
+        douts = upstream_rows(
+            room, tile(dout, i, start, GROUP, width), signs, offset + i * stride + start, way)
+        for j in range(width):
+            lanes1[j] += terms8(xs, douts, 0, j, shift, gate, way)
+            lanes2[j] += products8(xs, douts, 0, j, shift, scale, gate, way)
+            bits[j] |= repeated_rows(
+                xs, douts, COMPARED, COMPARED + 1, j, shift, scale, gate, way)
     if real is float:
-        compare_along(bits, x, dout, shift, scale, gate, way)
+        compare_along(bits, x, dout, signs, offset, shift, scale, gate, way)
     sum1[0] += fold_lanes(lanes1)
     sum2[0] += doubted(fold_lanes(lanes2), all_bits(bits), shift)
 
@@ -138,17 +157,20 @@ cdef inline void sum_rest(
 
 
 cdef void sum_row(
-    double *sum1, double *sum2, const floating *x, const floating *dout, Py_ssize_t width,
-    real shift, real scale, Gate gate, Direction way,
+    double *sum1, double *sum2, const floating *x, const floating *dout, const Signs *signs,
+    Py_ssize_t offset, Py_ssize_t width, real shift, real scale, Gate gate, Direction way,
 ) noexcept nogil:
     """A single row: strips of eight steps of LANES values, which are a group, and what is left. Not
     inline: GCC then makes branches, and no vectors, of the last LANES' mask."""
     cdef double lanes1[LANES]
     cdef double lanes2[LANES]
     cdef unsigned bits[LANES]
+    cdef floating storage[STRIP + LANES + 2 * LINE]
+    cdef floating *room = <floating *>aligned(storage)
     cdef const floating *stop = x + width
-    cdef Py_ssize_t j, k, strips = width // STRIP
+    cdef Py_ssize_t j, k, before, strips = width // STRIP
     if width < LANES:
+        dout = upstream_row(room, dout, signs, offset, width, way)
         for j in range(width):
             sum1[0] += term(x[j], dout[j], shift, gate, way)
             sum2[0] += product(x[j], dout[j], shift, scale, gate, way)
@@ -160,22 +182,33 @@ cdef void sum_row(
         for k in range(strips):
             sum_steps(
                 lanes1, lanes2, bits, rows_of(x, GROUP, LANES, LANES),
-                rows_of(dout, GROUP, LANES, LANES), 0, 0, 1, shift, scale, gate, way)
+                rows_of(
+                    upstream_row(room, dout, signs, offset, STRIP, way), GROUP, LANES, LANES),
+                1, shift, scale, gate, way)
             x += STRIP
             dout += STRIP
+            offset += STRIP
         sum1[0] += fold_lanes(lanes1)
         sum2[0] += doubted(fold_lanes(lanes2), all_bits(bits), shift)
     if x < stop:
+        before = LANES if strips > 0 else 0  # some of these are among the last LANES
+        dout = upstream_row(
+            room, dout - before, signs, offset - before, before + (stop - x), way) + before
         sum_rest(sum1, sum2, x, dout, stop, shift, scale, gate, way)
 
 
 cdef inline void sum_run(
-    double *sum1, double *sum2, const floating[:, ::1] x, const floating[:, ::1] dout,
+    double *sum1, double *sum2, const floating *x, const floating *dout, Py_ssize_t rows,
+    Py_ssize_t width, Py_ssize_t stride, const Signs *signs, Py_ssize_t offset,
     real shift, real scale, Gate gate, Direction way,
 ) noexcept nogil:
-    """All rows."""
-    cdef Py_ssize_t i, groups = x.shape[0] // GROUP
+    """All rows. Of pointers: a view would be copied for each run, and many a run is short."""
+    cdef Py_ssize_t i, groups = rows // GROUP
     if groups > 0:
-        sum_groups(sum1, sum2, x, dout, groups, shift, scale, gate, way)
-    for i in range(groups * GROUP, x.shape[0]):
-        sum_row(sum1, sum2, &x[i, 0], &dout[i, 0], x.shape[1], shift, scale, gate, way)
+        sum_groups(
+            sum1, sum2, rows_of(x, rows, width, stride), rows_of(dout, rows, width, stride),
+            signs, offset, groups, shift, scale, gate, way)
+    for i in range(groups * GROUP, rows):
+        sum_row(
+            sum1, sum2, x + i * stride, dout + i * stride, signs, offset + i * stride, width,
+            shift, scale, gate, way)

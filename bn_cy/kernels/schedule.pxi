@@ -24,10 +24,8 @@ cdef struct Call:
     Grid sums, writes        # how the first pass walks, and the second
     bint measure, write      # which of the passes are to be made
     int summed, written      # what they make: a Direction, a Written
-    Signs signs              # of a residual with a ReLU
     const Running *running   # forward: to be updated, or NULL
     int *unwelcome           # and whether it is not, as a variance is not finite
-    void *dresidual          # backward: filled before the sums, and then the dout of all; or NULL
     int writing              # DIRECT, STREAMING or IN_PLACE
     int threads
     Py_ssize_t cache
@@ -66,7 +64,8 @@ cdef Call plan_call(
     c.by_cells = pays_by_cells(&c.sums, c.threads, c.far)
     share_blocks(&c, block_features(&c.sums, itemsize, c.cache, measure))
     share_cells(&c)
-    c.signs, c.dresidual = plan_signs(signs, &c.writes, c.line_features), NULL
+    c.writes.signs = plan_signs(signs, &c.writes, c.line_features)
+    c.sums.signs = c.writes.signs
     c.running = NULL
     return c
 
@@ -143,22 +142,6 @@ cdef void sample_slice(
     sample_shift(of_features(statistics, &b), x, &c.sums, &b)
 
 
-cdef inline const floating[:, :, ::1] open_gate(
-    const floating[:, :, ::1] dout, const Call *c, const Block *b, Py_ssize_t first,
-    Py_ssize_t stop,
-) noexcept nogil:
-    """The dout of all that follows: that of the residual, made here for a block in some cells, or
-    dout itself."""
-    cdef floating[:, :, ::1] dresidual
-    cdef Py_ssize_t cell
-    if c.dresidual == NULL:
-        return dout
-    dresidual = array_like(<floating *>c.dresidual, dout)
-    for cell in range(first, stop):
-        open_cell(dresidual, dout, &c.signs, &c.sums, b, cell)
-    return dresidual
-
-
 cdef inline void sum_block_in_cell(
     double[:, :, ::1] partials, Py_ssize_t level, double[:, ::1] statistics,
     const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
@@ -177,8 +160,7 @@ cdef inline void sum_block_in_cell(
         find_centres(centres, s, floating is float)
         spread_centres(c.summed, columns, centres, s, <floating>0, &c.sums, &b)
     sum_cell_of(
-        c.summed, of_level(partials, level, &b), x, open_gate(dout, c, &b, cell, cell + 1),
-        columns, &c.sums, &b, cell)
+        c.summed, of_level(partials, level, &b), x, dout, columns, &c.sums, &b, cell)
 
 
 cdef void sum_branch(
@@ -288,7 +270,7 @@ cdef inline void prepare_columns(
     floating[:, ::1] columns, const double[:, ::1] s, const double[:, ::1] sums, double count,
     const Call *c, const Block *b,
 ) noexcept nogil:
-    if c.written == BACKWARDS or c.written == GATED:
+    if c.written == BACKWARDS or c.written == GATED or c.written == SIGNED:
         prepare_input_gradient(columns, s, sums, count, &c.writes, b)
         if c.written == GATED:
             prepare_gate(columns, s, &c.writes, b)
@@ -311,11 +293,12 @@ cdef void write_block(
         <floating *>aligned(scratch), PARAMETERS, b.width, b.pitch)
     cdef Py_ssize_t cell, read = (1 if c.summed == FORWARDS else 2) * sizeof(floating)
     cdef Py_ssize_t ahead = written_ahead(&b, c, i, read)
+    cdef Py_ssize_t beside = ahead if c.summed != FORWARDS else to_next_row(&c.writes, &b)
     prepare_columns(
         columns, of_features(statistics, &b), of_features(sums, &b), count, c, &b)
     for cell in range(stop - 1, first - 1, -1):
         write_cell_of(
-            c.written, out, x, dout, columns, &c.writes, &b, cell, c.writing, ahead, &c.signs)
+            c.written, out, x, dout, columns, &c.writes, &b, cell, c.writing, ahead, beside)
     end_streaming()
 
 

@@ -4,17 +4,12 @@
 # Derivation: the gradient of max(z, 0) is that of z where z > 0, else 0; z = xhat*gamma + beta + r
 # hands it on to both of its parts, so that the gradient of r is dout where y > 0.
 # Twin: `reference.relu_backward`. Tests: tests/test_activation.py, tests/test_same_bits.py.
-# Bytes moved: 1/8 a value forward, written with y; backward 8.1 (float32): dout is read, the
-# gradient of the residual is written, and is the dout of everything that follows.
+# Bytes moved: 1/8 a value, written with y and read in both passes of the backward. What these let
+# through lies in scratch within L1; the second one also writes it: the gradient of the residual.
 #
 # The bits lie in the order of the values, but a row of them begins with a byte, so that no two
 # threads write to one byte: a run, or a row of the array. Where several blocks of images would
 # share bytes it is an image, and where rows are merged for writing, all is one row.
-
-cdef struct Signs:
-    unsigned char *bits
-    Py_ssize_t row, pitch  # values of a row, and their bits with those that fill the last byte
-
 
 cdef inline Signs plan_signs(
     unsigned char *bits, const Grid *writes, Py_ssize_t line_features,
@@ -22,28 +17,31 @@ cdef inline Signs plan_signs(
     """A block begins at a multiple of so many features, if it is not all of them."""
     cdef Signs s
     cdef bint shared = line_features < writes.features and line_features * writes.inner % 8 != 0
-    s.bits = bits
+    s.bits, s.opened = bits, NULL
     if writes.runs or (writes.times == 1 and shared):
         s.row = writes.inner
     elif writes.times == 1:
         s.row = writes.features * writes.inner
     else:
         s.row = writes.outer * writes.features * writes.inner
+    if s.row % 8 == 0:  # no byte is shared: all is one row, and nothing need be divided
+        s.row = writes.outer * writes.features * writes.inner
     s.pitch = round_up(s.row, 8)
     return s
 
 
-cdef inline Py_ssize_t sign_at(const Signs *s, Py_ssize_t offset) noexcept nogil:
-    """The bit of the value at an offset in the array."""
-    return offset // s.row * s.pitch + offset % s.row
+cdef inline Py_ssize_t row_at(const Signs *s, Py_ssize_t offset, Py_ssize_t count) noexcept nogil:
+    """The row that values begin in which lie at an offset in the array."""
+    return 0 if offset + count <= s.row else offset // s.row
 
 
-cdef inline unsigned positive(const floating *y) noexcept nogil:
-    """Which of eight values are above 0, a bit each."""
+cdef inline void set_bytes(
+    unsigned char *bits, const floating *y, Py_ssize_t bytes,
+) noexcept nogil:
     if floating is float:
-        return positive_floats(y)
+        sign_floats(bits, y, bytes)
     else:
-        return positive_doubles(y)
+        sign_doubles(bits, y, bytes)
 
 
 cdef inline unsigned char some_positive(const floating *y, Py_ssize_t count) noexcept nogil:
@@ -59,12 +57,11 @@ cdef void set_row(
 ) noexcept nogil:
     """Of adjacent values of a row, from bit `at` on. What goes before in a byte has been set, what
     follows has not."""
-    cdef Py_ssize_t k = min(count, -at & 7)
+    cdef Py_ssize_t k = min(count, -at & 7), bytes = (count - k) // 8
     if k > 0:
         bits[at // 8] |= <unsigned char>(some_positive(y, k) << at % 8)
-    while k + 8 <= count:
-        bits[(at + k) // 8] = <unsigned char>positive(y + k)
-        k += 8
+    set_bytes(bits + (at + k) // 8, y + k, bytes)
+    k += 8 * bytes
     if k < count:
         bits[(at + k) // 8] = some_positive(y + k, count - k)
 
@@ -74,53 +71,36 @@ cdef void set_signs(
 ) noexcept nogil:
     """Of values that are written to an offset in the array, if there is a backward that wants
     them."""
-    cdef Py_ssize_t part
+    cdef Py_ssize_t row, into, part
     while s.bits != NULL and count > 0:
-        part = min(count, s.row - offset % s.row)
-        set_row(s.bits, sign_at(s, offset), y, part)
+        row = row_at(s, offset, count)
+        into = offset - row * s.row
+        part = min(count, s.row - into)
+        set_row(s.bits, row * s.pitch + into, y, part)
         offset, y, count = offset + part, y + part, count - part
 
 
-cdef inline void open_eight(floating *to, const floating *dout, unsigned bits) noexcept nogil:
-    if floating is float:
-        open_floats(to, dout, bits)
-    else:
-        open_doubles(to, dout, bits)
-
-
-cdef void open_row(
+cdef inline void open_row(
     floating *to, const floating *dout, const unsigned char *bits, Py_ssize_t at, Py_ssize_t count,
 ) noexcept nogil:
     """dout where y > 0, else 0; all of it where there are no signs, and so no ReLU."""
-    cdef Py_ssize_t j = 0, k = at // 8
-    cdef unsigned some
     if bits == NULL:
         memcpy(to, dout, count * sizeof(floating))
-        return
-    while j + 8 <= count:
-        some = (bits[k] | <unsigned>bits[k + 1] << 8) >> at % 8
-        open_eight(to + j, dout + j, some)
-        j, k = j + 8, k + 1
-    some = (bits[k] | <unsigned>bits[k + 1] << 8) >> at % 8
-    while j < count:
-        to[j] = dout[j] if some & 1 else 0
-        j, some = j + 1, some >> 1
+    elif floating is float:
+        open_floats(to, dout, bits, at, count)
+    else:
+        open_doubles(to, dout, bits, at, count)
 
 
-cdef void open_cell(
-    floating[:, :, ::1] to, const floating[:, :, ::1] dout, const Signs *s,
-    const Grid *g, const Block *b, Py_ssize_t cell,
+cdef void open_values(
+    floating *to, const floating *dout, const Signs *s, Py_ssize_t offset, Py_ssize_t count,
 ) noexcept nogil:
-    """The gradient of the residual: of what a block has in one cell. A row of the grid may be
-    merged of some rows of signs."""
-    cdef Piece p = cell_at(g, b, cell)
-    cdef Py_ssize_t i, start, stop, count
-    while next_piece(&p, g, b):
-        for i in range(p.rows):
-            start = p.offset + i * g.stride
-            stop = start + p.width
-            while start < stop:
-                count = min(stop - start, s.row - start % s.row)
-                open_row(
-                    &to[0, 0, 0] + start, &dout[0, 0, 0] + start, s.bits, sign_at(s, start), count)
-                start += count
+    """What a ReLU lets through of values that lie at an offset in the array. They may be merged of
+    some rows of signs."""
+    cdef Py_ssize_t row, into, part
+    while count > 0:
+        row = row_at(s, offset, count)
+        into = offset - row * s.row
+        part = min(count, s.row - into)
+        open_row(to, dout, s.bits, row * s.pitch + into, part)
+        to, dout, offset, count = to + part, dout + part, offset + part, count - part

@@ -4,6 +4,7 @@
 #             a ReLU of it, a residual added to it, or both
 #   backward  dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n), xhat = (x - mean)*invstd
 #             the same of dout where y > 0, else of 0: through a ReLU
+#             that is also the gradient of a residual, if there was one, and is written, too
 #
 # Derivation: the last line of the forward, and the closed form of the backward.
 # Twins: `reference.forward`, `reference.backward_closed_form`.
@@ -13,7 +14,7 @@
 # is written; 4 more where that goes through the cache, which reads its lines first; 4 for a
 # residual.
 #
-# What is written is an argument for its type alone, as the direction in sums.pxi, and `value` is
+# What is written is an argument for its type alone, as the direction in terms.pxi, and `value` is
 # what it is. Where one array is read, it stands for both. A dx of frozen statistics is written
 # forwards, of dout: see `prepare_frozen_gradient`.
 
@@ -43,21 +44,25 @@ cdef enum:
 
 
 cdef enum Rectified:  # forward, with a ReLU
-    RECTIFIED = GATED + 1
+    RECTIFIED = SIGNED + 1
 cdef enum Added:      # forward, with a residual in the place of dout
     ADDED = RECTIFIED + 1
 cdef enum Joined:     # forward, with both
     JOINED = ADDED + 1
 cdef enum Passed:     # backward through the ReLU of frozen statistics, with the forward's columns
     PASSED = JOINED + 1
+cdef enum Handed:     # and with the gradient of a residual
+    HANDED = PASSED + 1
 ctypedef fused Written:
     Forwards
     Backwards
     Gated
+    Signed
     Rectified
     Added
     Joined
     Passed
+    Handed
 
 
 cdef inline floating rectified(floating y) noexcept nogil:
@@ -79,6 +84,8 @@ cdef inline floating value(
     cdef floating from_mean = x - hi
     if Written is Forwards:
         return from_mean * scale + offset
+    elif Written is Handed:
+        return (dout - hi) * scale + offset
     elif Written is Rectified:
         return rectified(from_mean * scale + offset)
     elif Written is Added:
@@ -87,7 +94,7 @@ cdef inline floating value(
         return rectified((from_mean * scale + offset) + dout)
     elif Written is Passed:
         return opened(dout, from_mean * scale, offset) * scale
-    elif Written is Backwards:
+    elif Written is Backwards or Written is Signed:
         return dx_of(dout, from_mean, scale, offset, product, dx_scale)
     else:
         return dx_of(
@@ -113,27 +120,41 @@ cdef inline void write_values(
                 columns[PRODUCT, j], columns[DX_SCALE, j], columns[GATE, j], way)
 
 
-cdef inline void write_burst(
-    floating *target, const floating[::1] x, const floating[::1] dout,
-    const floating[:, ::1] columns, bint run, int writing, Py_ssize_t ahead, const Signs *signs,
-    Py_ssize_t offset, Written way,
+cdef inline void put(
+    floating *target, const floating *line, size_t size, int writing,
 ) noexcept nogil:
-    """A burst of values, by a line of scratch. x is fetched, and dout only where it is a residual
-    or goes through a ReLU: elsewhere more fetches would take the line buffers of the stores."""
-    cdef floating storage[BURST + 2 * LINE]
-    cdef floating *line = <floating *>aligned(storage)
-    cdef size_t size = x.shape[0] * sizeof(floating)
-    write_values(row_of(line, x.shape[0]), x, dout, columns, run, way)
-    if Written is Joined:
-        set_signs(signs, offset, line, x.shape[0])
     if writing == STREAMING:
         stream(target, line, size)
     else:
         memcpy(target, line, size)
+
+
+cdef inline void write_burst(
+    floating *target, const floating[::1] x, const floating[::1] dout,
+    const floating[:, ::1] columns, bint run, int writing, Py_ssize_t ahead, Py_ssize_t beside,
+    const Signs *signs, Py_ssize_t offset, Written way,
+) noexcept nogil:
+    """A burst of values, by a line of scratch. x is fetched, and dout only where it is a residual
+    or goes through a ReLU: elsewhere more fetches would take the line buffers of the stores."""
+    cdef floating storage[BURST + 2 * LINE]
+    cdef floating storage_upstream[BURST + 2 * LINE]
+    cdef floating *line = <floating *>aligned(storage)
+    cdef floating *upstream = <floating *>aligned(storage_upstream)
+    cdef size_t size = x.shape[0] * sizeof(floating)
+    if Written is Signed or Written is Handed:
+        open_values(upstream, &dout[0], signs, offset, x.shape[0])
+        put(<floating *>signs.opened + offset, upstream, size, writing)
+        write_values(
+            row_of(line, x.shape[0]), x, row_of(upstream, x.shape[0]), columns, run, way)
+    else:
+        write_values(row_of(line, x.shape[0]), x, dout, columns, run, way)
+    if Written is Joined:
+        set_signs(signs, offset, line, x.shape[0])
+    put(target, line, size, writing)
     if ahead:
         fetch(&x[0] + ahead, size)
         if Written is not Forwards and Written is not Backwards and Written is not Rectified:
-            fetch(&dout[0] + ahead, size)
+            fetch(&dout[0] + beside, size)
 
 
 cdef inline Py_ssize_t burst_width(const floating *target, Py_ssize_t left) noexcept nogil:
@@ -145,12 +166,18 @@ cdef inline Py_ssize_t burst_width(const floating *target, Py_ssize_t left) noex
 
 cdef inline void write_row(
     floating[::1] out, const floating[::1] x, const floating[::1] dout,
-    const floating[:, ::1] columns, bint run, int writing, Py_ssize_t ahead, const Signs *signs,
-    Py_ssize_t offset, Written way,
+    const floating[:, ::1] columns, bint run, int writing, Py_ssize_t ahead, Py_ssize_t beside,
+    const Signs *signs, Py_ssize_t offset, Written way,
 ) noexcept nogil:
     cdef Py_ssize_t start = 0, width, c
+    cdef floating *dresidual
     if writing == DIRECT:
-        write_values(out, x, dout, columns, run, way)
+        if Written is Signed or Written is Handed:
+            dresidual = <floating *>signs.opened + offset
+            open_values(dresidual, &dout[0], signs, offset, out.shape[0])
+            write_values(out, x, row_of(dresidual, out.shape[0]), columns, run, way)
+        else:
+            write_values(out, x, dout, columns, run, way)
         if Written is Joined:
             set_signs(signs, offset, &out[0], out.shape[0])
         return
@@ -161,32 +188,32 @@ cdef inline void write_row(
             write_burst(
                 &out[start], row_of(&x[start], BURST), row_of(&dout[start], BURST),
                 tile(columns, 0, c, PARAMETERS, 1 if run else BURST),
-                run, writing, ahead, signs, offset + start, way)
+                run, writing, ahead, beside, signs, offset + start, way)
         else:
             write_burst(
                 &out[start], row_of(&x[start], width), row_of(&dout[start], width),
                 tile(columns, 0, c, PARAMETERS, 1 if run else width),
-                run, writing, ahead, signs, offset + start, way)
+                run, writing, ahead, beside, signs, offset + start, way)
         start += width
 
 
 cdef inline void write_piece(
     floating[:, ::1] out, const floating[:, ::1] x, const floating[:, ::1] dout,
-    const floating[:, ::1] columns, bint run, int writing, Py_ssize_t ahead, const Signs *signs,
-    Py_ssize_t offset, Written way,
+    const floating[:, ::1] columns, bint run, int writing, Py_ssize_t ahead, Py_ssize_t beside,
+    const Signs *signs, Py_ssize_t offset, Written way,
 ) noexcept nogil:
     cdef Py_ssize_t i, width = out.shape[1]
     cdef Py_ssize_t stride = out.strides[0] // <Py_ssize_t>sizeof(floating)
     for i in range(out.shape[0]):
         write_row(
             row_of(&out[i, 0], width), row_of(&x[i, 0], width), row_of(&dout[i, 0], width),
-            columns, run, writing, ahead, signs, offset + i * stride, way)
+            columns, run, writing, ahead, beside, signs, offset + i * stride, way)
 
 
 cdef void write_cell(
     floating[:, :, ::1] out, const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
-    const floating[:, ::1] columns, const Grid *g, const Block *b, Py_ssize_t cell, int writing,
-    Py_ssize_t ahead, const Signs *signs, Written way,
+    const floating[:, ::1] columns, const Grid *g, const Block *b, Py_ssize_t cell,
+    int writing, Py_ssize_t ahead, Py_ssize_t beside, Written way,
 ) noexcept nogil:
     """What a block has in one cell."""
     cdef Piece p = cell_at(g, b, cell)
@@ -196,26 +223,30 @@ cdef void write_cell(
             rows_of(&x[0, 0, 0] + p.offset, p.rows, p.width, g.stride),
             rows_of(&dout[0, 0, 0] + p.offset, p.rows, p.width, g.stride),
             tile(columns, 0, p.column, PARAMETERS, 1 if g.runs else p.width),
-            g.runs, writing, ahead, signs, p.offset, way)
+            g.runs, writing, ahead, beside, &g.signs, p.offset, way)
 
 
 cdef inline void write_cell_of(
     int way, floating[:, :, ::1] out, const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
-    const floating[:, ::1] columns, const Grid *g, const Block *b, Py_ssize_t cell, int writing,
-    Py_ssize_t ahead, const Signs *signs,
+    const floating[:, ::1] columns, const Grid *g, const Block *b, Py_ssize_t cell,
+    int writing, Py_ssize_t ahead, Py_ssize_t beside,
 ) noexcept nogil:
     """From what is to be written at run time to what is compiled."""
     if way == FORWARDS:  # of x, which is in the place of dout, or of a dout
-        write_cell(out, dout, dout, columns, g, b, cell, writing, ahead, signs, FORWARDS)
+        write_cell(out, dout, dout, columns, g, b, cell, writing, ahead, beside, FORWARDS)
     elif way == BACKWARDS:
-        write_cell(out, x, dout, columns, g, b, cell, writing, ahead, signs, BACKWARDS)
+        write_cell(out, x, dout, columns, g, b, cell, writing, ahead, beside, BACKWARDS)
     elif way == GATED:
-        write_cell(out, x, dout, columns, g, b, cell, writing, ahead, signs, GATED)
+        write_cell(out, x, dout, columns, g, b, cell, writing, ahead, beside, GATED)
+    elif way == SIGNED:
+        write_cell(out, x, dout, columns, g, b, cell, writing, ahead, beside, SIGNED)
     elif way == RECTIFIED:
-        write_cell(out, x, x, columns, g, b, cell, writing, ahead, signs, RECTIFIED)
+        write_cell(out, x, x, columns, g, b, cell, writing, ahead, beside, RECTIFIED)
     elif way == ADDED:
-        write_cell(out, x, dout, columns, g, b, cell, writing, ahead, signs, ADDED)
+        write_cell(out, x, dout, columns, g, b, cell, writing, ahead, beside, ADDED)
     elif way == JOINED:
-        write_cell(out, x, dout, columns, g, b, cell, writing, ahead, signs, JOINED)
+        write_cell(out, x, dout, columns, g, b, cell, writing, ahead, beside, JOINED)
+    elif way == PASSED:
+        write_cell(out, x, dout, columns, g, b, cell, writing, ahead, beside, PASSED)
     else:
-        write_cell(out, x, dout, columns, g, b, cell, writing, ahead, signs, PASSED)
+        write_cell(out, dout, dout, columns, g, b, cell, writing, ahead, beside, HANDED)
