@@ -6,7 +6,7 @@ calls, of which none may write before all of it is known to fit: parts, ranks, g
 
 import numpy as np
 
-from bn_cy._layout import as_float_dtype, as_output, axis_of
+from bn_cy._layout import as_float_dtype, as_output, as_plain, axis_of
 
 
 def native(dtype):
@@ -66,6 +66,13 @@ def check_same_or_apart(out, name, array):
     same = same and (out.strides, out.dtype) == (array.strides, array.dtype)
     if not same and np.shares_memory(out, array):
         raise ValueError(f"out may be {name} itself, but may not overlap it otherwise")
+
+
+def check_apart_from_parameters(out, gamma, beta):
+    """Refuse an `out` that shares memory with a parameter."""
+    for name, parameter in (("gamma", gamma), ("beta", beta)):
+        if parameter is not None and np.shares_memory(out, as_plain(name, parameter)):
+            raise ValueError("out may not share memory with gamma or beta")
 
 
 def check_apart_from_layer(out, layer):

@@ -21,6 +21,7 @@ library in the processor's memory is taken as it is, as x, as dout and as ``out`
 
 from bn_cy._buffers import clear_buffers
 from bn_cy._calls import Cache
+from bn_cy._checks import check_apart_from_parameters
 from bn_cy._layout import as_plain
 from bn_cy._masks import Kept
 from bn_cy._moments import Moments
@@ -120,6 +121,7 @@ def batchnorm_forward(
     if mask is not None or lengths is not None:
         kept = Kept(as_plain("x", x), axis, mask, lengths)
         target = kept.target(out)
+        check_apart_from_parameters(target, gamma, beta)
         x, _, residual = kept.gathered(x, residual)
         y, cache = batchnorm_forward(
             x, gamma, beta, eps, axis=axis, relu=relu, residual=residual)

@@ -257,6 +257,15 @@ def test_a_read_only_output_is_refused():
             call(X, mask=np.True_, out=out)
 
 
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+def test_an_output_over_a_parameter_is_refused(name):
+    out = np.ones(X.shape, X.dtype)
+    parameter = out[0, :, 0]
+    with pytest.raises(ValueError, match="out may not share memory with gamma or beta"):
+        batchnorm_forward(X, **{name: parameter}, mask=np.True_, out=out)
+    assert (out == 1).all()
+
+
 def test_lengths_need_sequences():
     with pytest.raises(ValueError, match=r"lengths are of sequences.*three dimensions"):
         batchnorm_forward(np.zeros((4, 3)), lengths=[1, 2, 3, 4])
