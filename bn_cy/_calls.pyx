@@ -227,20 +227,19 @@ def part_forward(
 
 
 def part_sums(Cache cache, dout):
-    """sum(dout) and sum(dout*xhat) over a part."""
+    """sum(dout) and sum(dout*xhat) over a part; and memory for dresidual, None without a residual:
+    before any part writes a dx over its dout."""
     check_unchanged(cache)
-    return gradient_rows(cache, dout)
+    return gradient_rows(cache, dout), cache.batch.empty() if cache.added else None
 
 
-def part_gradient(Cache cache, dout, sums, out):
-    """dx, given the sums over the whole, and dresidual, which is None without a residual."""
+def part_gradient(Cache cache, dout, dresidual, sums, out):
+    """dx, given the sums over the whole; fills dresidual."""
     cdef Block rows = rows_of(cache.batch, 2)
     cdef double *of_whole = <double *>rows.start
     cache.batch.row(of_whole, "sum_dout", sums[0])
     cache.batch.row(of_whole + cache.batch.shape.features, "sum_dout_xhat", sums[1])
-    dresidual = cache.batch.empty() if cache.added else None
-    dx = run_backward(cache, dout, None, None, dresidual, of_whole, False, out)
-    return dx, dresidual
+    return run_backward(cache, dout, None, None, dresidual, of_whole, False, out)
 
 
 cdef gradient_rows(Cache cache, dout):

@@ -177,16 +177,16 @@ class MicroBatch:
                 douts[number] = dout = as_plain("dout", dout)
                 cache.target(target, dout)
                 check_apart_from_layer(target, self._layer)
-                of_part, counting = cache.gradient_sums(dout)
+                of_part, from_above = cache.gradient_sums(dout)
                 sums.append(of_part)
-                upstream.append(counting)
+                upstream.append(from_above)
         check_apart(targets, [cache.x for cache in caches], "x")
         check_apart(targets, douts, "dout")
         check_apart(targets, targets, "out")
         whole = np.sum(np.reshape(sums, (-1, 2, self._layer.num_features)), axis=0)
         gradients = [
-            cache.input_gradients(dout, whole, target)
-            for cache, dout, target in zip(caches, upstream, targets, strict=True)
+            cache.input_gradients(*from_above, whole, target)
+            for cache, from_above, target in zip(caches, upstream, targets, strict=True)
         ]
         dbeta, dgamma = whole
         self._layer._keep_gradients(dgamma, dbeta)

@@ -77,19 +77,19 @@ class PartCache:
         return self.kept.target(out)
 
     def gradient_sums(self, dout):
-        """Return sum(dout) and sum(dout*xhat) over this part, and what counts of dout.
+        """Return sum(dout) and sum(dout*xhat) over this part, and what `input_gradients` needs.
 
-        `input_gradients` needs both.
+        That is what counts of dout, and memory for dresidual, None without a residual.
         """
         if self.kept is not None:
             dout = self.kept.gather("dout", dout)
-        return part_sums(self.local, dout), dout
+        sums, dresidual = part_sums(self.local, dout)
+        return sums, (dout, dresidual)
 
-    def input_gradients(self, dout, sums, target):
+    def input_gradients(self, dout, dresidual, sums, target):
         """Return dx, given the sums over the whole, and dresidual if there was a residual."""
         out = target if self.kept is None else None
-        dx, dresidual = part_gradient(self.local, dout, sums, out)
-        dx = self._whole(dx, target)
+        dx = self._whole(part_gradient(self.local, dout, dresidual, sums, out), target)
         return (dx, self._whole(dresidual, self.target(None))) if self.residual else (dx,)
 
     def _whole(self, rows, target):

@@ -155,12 +155,12 @@ class SyncBatchNorm(BatchNorm):
             dout = as_plain("dout", dout)
             target = cache.target(out, dout)
             check_apart_from_layer(target, self)
-            sums, dout = cache.gradient_sums(dout)
+            sums, upstream = cache.gradient_sums(dout)
         except Exception as error:
             failure = error
         whole = self._need_ranks().add(sums, failure)
         dbeta, dgamma = sums
-        dx, *dresidual = cache.input_gradients(dout, whole, target)
+        dx, *dresidual = cache.input_gradients(*upstream, whole, target)
         return dx if out is None else out, dgamma, dbeta, *dresidual
 
     def _check_cache(self, cache):

@@ -361,15 +361,16 @@ import threading
 import numpy as np
 import bn_cy
 
-bn_cy.set_num_threads(2)
 rng = np.random.default_rng({seed})
 shapes = (2, 300000), (1000, 1100), (20, 30000), (128, 64, 7, 7), (4, 64, 99, 99)
 
 
 def step(x, dout, beta, axis, residual):
     relu = beta is not None
-    _, cache = bn_cy.batchnorm_forward(x, beta=beta, axis=axis, relu=relu, residual=residual)
-    bn_cy.batchnorm_backward(dout, cache)
+    for threads in 1, 2:
+        bn_cy.set_num_threads(threads)
+        _, cache = bn_cy.batchnorm_forward(x, beta=beta, axis=axis, relu=relu, residual=residual)
+        bn_cy.batchnorm_backward(dout, cache)
 
 
 def work():
@@ -379,7 +380,8 @@ def work():
             for constant, gradient in (False, 1), (True, np.inf):  # the latter are summed again
                 x[...] = 7 if constant else x
                 dout.flat[0] = gradient
-                for beta, residual in (None, None), (np.ones(shape[axis]), None), (None, dout):
+                ones = np.ones(shape[axis])
+                for beta, residual in (None, None), (ones, None), (None, dout), (ones, dout):
                     step(x, dout, beta, axis, residual)
     print("done")
 

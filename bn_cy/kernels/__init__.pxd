@@ -61,7 +61,7 @@ cdef struct Resources:  # what a call may use; has no say in the bits of any res
 # What follows the normalization, in the same pass: y = max(gamma*xhat + beta + residual, 0).
 cdef struct Activation:
     bint relu             # dout counts where y > 0
-    void *residual        # added; in a backward its gradient, filled with dx; NULL: there is none
+    void *residual        # added; in a backward an array for its gradient; NULL: there is none
     # Of a residual with a ReLU: a bit a value, whether y > 0, in as many bytes as `signs_room`
     # says. NULL, if there is not both, or no backward.
     unsigned char *signs
@@ -76,9 +76,9 @@ ctypedef int (*Forward)(
     const Activation *then, const Resources *use) noexcept nogil
 
 # With `measure`, finds the sums of dout, and of dout*xhat in a second row, and dgamma and dbeta
-# unless they are NULL; without, sums are given. Then, unless dx is NULL, fills dx and the gradient
-# of a residual. dx may be dout. Frozen statistics do not depend on x: they are those of infinitely
-# many values, count = inf.
+# unless they are NULL; without, sums are given. Unless dx is NULL, fills it, and the gradient of a
+# residual, which then must be there. dx may be dout. Frozen statistics do not depend on x: they are
+# those of infinitely many values, count = inf.
 ctypedef int (*Backward)(
     void *dx, void *dgamma, void *dbeta, double *sums, double *statistics,
     const void *dout, const void *x,

@@ -244,7 +244,7 @@ cdef void prepare_frozen_gradient(
     floating[:, ::1] columns, const double[:, ::1] s, const Grid *g, const Block *b,
 ) noexcept nogil:
     """Of statistics that do not depend on x: dx = gamma*invstd*dout is dout normalized with a mean
-    and a beta of 0, and x is not read. (Through a ReLU x is read, and `value` knows it: PASSED.)"""
+    and a beta of 0, and x is not read. (Through a ReLU without a residual it is: PASSED.)"""
     cdef Py_ssize_t f
     memset(&columns[HI, 0], 0, b.width * sizeof(floating))
     memset(&columns[OFFSET, 0], 0, b.width * sizeof(floating))

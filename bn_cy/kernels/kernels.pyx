@@ -100,10 +100,11 @@ cdef int backward(
     const floating[:, :, ::1] dout, const floating[:, :, ::1] x, double count,
     double[:, :, ::1] partials, const Call *c,
 ) noexcept nogil:
-    """dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n). What a ReLU lets through of dout may be
-    there when dx is written, as it was put beside on its way into the sums."""
-    cdef const floating[:, :, ::1] upstream = (
-        dout if c.sums.signs.opened == NULL else array_like(<floating *>c.sums.signs.opened, dout))
+    """dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n). Within the cache the sums leave what a
+    ReLU lets through in the gradient of the residual, and dx is computed of that."""
+    cdef const floating[:, :, ::1] let_through = (
+        dout if c.sums.signs.let_through == NULL
+        else array_like(<floating *>c.sums.signs.let_through, dout))
     cdef Py_ssize_t i, cells = c.sums.cells // c.branches
     if c.by_cells:
         with parallel(num_threads=c.threads):
@@ -117,22 +118,22 @@ cdef int backward(
                 wait_for_all()
             if c.write:
                 for i in prange(c.threads, schedule="static"):
-                    write_cells_of(i, dx, x, upstream, statistics, sums, count, c)
+                    write_cells_of(i, dx, x, let_through, statistics, sums, count, c)
     elif c.threads == 1:
         for i in range(c.blocks):
             backward_block(
-                dx, dgamma, dbeta, sums, statistics, dout, upstream, x, count, partials, c, i)
+                dx, dgamma, dbeta, sums, statistics, dout, let_through, x, count, partials, c, i)
     else:
         for i in prange(c.blocks, num_threads=c.threads, schedule="static"):
             backward_block(
-                dx, dgamma, dbeta, sums, statistics, dout, upstream, x, count, partials, c, i)
+                dx, dgamma, dbeta, sums, statistics, dout, let_through, x, count, partials, c, i)
     return 0
 
 
 cdef void backward_block(
     floating[:, :, ::1] dx, floating[::1] dgamma, floating[::1] dbeta,
     double[:, ::1] sums, double[:, ::1] statistics,
-    const floating[:, :, ::1] dout, const floating[:, :, ::1] upstream,
+    const floating[:, :, ::1] dout, const floating[:, :, ::1] let_through,
     const floating[:, :, ::1] x, double count, double[:, :, ::1] partials, const Call *c,
     Py_ssize_t i,
 ) noexcept nogil:
@@ -142,7 +143,7 @@ cdef void backward_block(
             c.summed, of_features(sums, &b), dgamma, dbeta, of_features(statistics, &b), dout, x,
             &c.sums, &b, partials)
     if c.write:
-        write_block(dx, x, upstream, statistics, sums, count, c, i, 0, c.writes.cells)
+        write_block(dx, x, let_through, statistics, sums, count, c, i, 0, c.writes.cells)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -226,10 +227,10 @@ cdef int enter_backward(
         shape, sizeof(floating), measure, dx != NULL, dx == dout,
         summed_backward(then), written_backward(then, isinf(count)),
         then.signs, use)
-    c.writes.signs.opened = then.residual
+    c.writes.signs.let_through = then.residual
     if then.residual != NULL and measure and c.summed == SIGNED and c.writing != STREAMING:
-        c.sums.signs.opened = then.residual  # while it is in the cache; and dx is written of that
-        c.written = <int>FORWARDS if isinf(count) else <int>BACKWARDS
+        c.sums.signs.let_through = then.residual  # once, as writing it costs little in the cache
+        c.written, c.writing = <int>FORWARDS if isinf(count) else <int>BACKWARDS, DIRECT
     if take_partials(&partials, &of_partials, &c):
         return -1
     backward(

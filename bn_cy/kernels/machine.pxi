@@ -163,9 +163,8 @@ cdef extern from *:
         }
     }
 
-    /* Copy those of `count` values whose bit is set, and 0 for the others. The bits begin at bit
-       `at`, from the lowest of a byte on; up to three bytes after the last one are read. */
     #if defined(__AVX2__)
+    /* Bits from bit `at` on: 25 of them at the least. */
     static inline uint32_t bn_bits_at(const unsigned char *bits, size_t at) {
         uint32_t some;
         memcpy(&some, bits + at / 8, sizeof some);
@@ -173,6 +172,8 @@ cdef extern from *:
     }
     #endif
 
+    /* Copy those of `count` values whose bit is set, and 0 for the others. The bits begin at bit
+       `at`, from the lowest of a byte on; up to four bytes after the last one are read. */
     static inline void bn_open_floats(
             float *to, const float *from, const unsigned char *bits, size_t at, size_t count) {
         size_t i = 0;
@@ -277,9 +278,9 @@ cdef extern from *:
     unsigned repeated_product "bn_repeated_product"(
         float a, float b, float factor) noexcept nogil
     void sign_floats "bn_sign_floats"(
-        unsigned char *bits, const float *y, size_t count) noexcept nogil
+        unsigned char *bits, const float *y, size_t bytes) noexcept nogil
     void sign_doubles "bn_sign_doubles"(
-        unsigned char *bits, const double *y, size_t count) noexcept nogil
+        unsigned char *bits, const double *y, size_t bytes) noexcept nogil
     void open_floats "bn_open_floats"(
         float *to, const float *source, const unsigned char *bits, size_t at,
         size_t count) noexcept nogil

@@ -14,7 +14,7 @@
 from libc.math cimport fabs, isfinite, sqrt
 from libc.string cimport memset
 
-from bn_cy.kernels cimport BETA, GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR, Running
+from bn_cy.kernels cimport BETA, GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR
 
 cdef enum:
     # Values of a feature that its shift is the mean of: of normal data it is then 1.2 standard

@@ -71,7 +71,7 @@ cdef enum:  # They do not.
 cdef struct Signs:  # a bit a value, see signs.pxi
     unsigned char *bits    # or NULL
     Py_ssize_t row, pitch  # values of a row, and their bits with those that fill the last byte
-    void *opened           # where what they let through of dout is put, or NULL
+    void *let_through      # where what they let through of dout is put, or NULL
 
 
 cdef struct Grid:

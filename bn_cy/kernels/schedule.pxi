@@ -13,7 +13,7 @@
 
 from libc.string cimport memcpy
 
-from bn_cy.kernels cimport MEAN, VAR, Activation, Resources, Running, Shape
+from bn_cy.kernels cimport MEAN, VAR, Resources, Running, Shape
 
 cdef enum:
     # Values from those that are written to those that are fetched, at the least: eight bursts.
@@ -114,9 +114,10 @@ cdef inline bint fits_cache(const Block *b, const Call *c, Py_ssize_t itemsize) 
 
 
 cdef inline Py_ssize_t to_next_row(const Grid *g, const Block *b) noexcept nogil:
-    """From a value that is written to the one below it, which is written a row later; where that is
-    near, AHEAD values along memory."""
-    if g.runs and b.size == 1 and g.inner <= CHUNK:
+    """From a value that is written to one that is read a while later: its place in the next image,
+    where a block has little of an image; else the one below it, or, where that is near, AHEAD
+    values along memory."""
+    if g.runs and g.outer > 1 and b.size * g.inner <= LONG:
         return g.features * g.inner
     return max(<Py_ssize_t>AHEAD, g.stride)
 
@@ -131,6 +132,16 @@ cdef inline Py_ssize_t written_ahead(
     if c.measure and fits_cache(b, c, itemsize):
         return b.size * c.writes.inner if i + 1 < c.blocks else 0
     return to_next_row(&c.writes, b)
+
+
+cdef inline Py_ssize_t read_beside(
+    const Block *b, const Call *c, Py_ssize_t ahead,
+) noexcept nogil:
+    """The same of what is read beside x: dout, which both passes want as they do x, or a residual,
+    which only the second one does, where it goes on."""
+    if c.writing == STREAMING and c.summed == FORWARDS:
+        return to_next_row(&c.writes, b)
+    return ahead
 
 
 # The first pass by cells
@@ -293,7 +304,7 @@ cdef void write_block(
         <floating *>aligned(scratch), PARAMETERS, b.width, b.pitch)
     cdef Py_ssize_t cell, read = (1 if c.summed == FORWARDS else 2) * sizeof(floating)
     cdef Py_ssize_t ahead = written_ahead(&b, c, i, read)
-    cdef Py_ssize_t beside = ahead if c.summed != FORWARDS else to_next_row(&c.writes, &b)
+    cdef Py_ssize_t beside = read_beside(&b, c, ahead)
     prepare_columns(
         columns, of_features(statistics, &b), of_features(sums, &b), count, c, &b)
     for cell in range(stop - 1, first - 1, -1):

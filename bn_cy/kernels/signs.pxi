@@ -4,12 +4,17 @@
 # Derivation: the gradient of max(z, 0) is that of z where z > 0, else 0; z = xhat*gamma + beta + r
 # hands it on to both of its parts, so that the gradient of r is dout where y > 0.
 # Twin: `reference.relu_backward`. Tests: tests/test_activation.py, tests/test_same_bits.py.
-# Bytes moved: 1/8 a value, written with y and read in both passes of the backward. What these let
-# through lies in scratch within L1; the second one also writes it: the gradient of the residual.
+# Bytes moved: 1/8 a value, written with y, and read in each pass of the backward that opens dout.
+# Past the cache both do: the first one in scratch within L1, and the second one writes the gradient
+# of the residual beside dx. Within it the first one writes that, and dx is computed of it.
 #
 # The bits lie in the order of the values, but a row of them begins with a byte, so that no two
 # threads write to one byte: a run, or a row of the array. Where several blocks of images would
-# share bytes it is an image, and where rows are merged for writing, all is one row.
+# share bytes it is an image, and where rows are merged for writing, all is one row. So it is where
+# every row is of whole bytes.
+
+from libc.string cimport memcpy
+
 
 cdef inline Signs plan_signs(
     unsigned char *bits, const Grid *writes, Py_ssize_t line_features,
@@ -17,7 +22,7 @@ cdef inline Signs plan_signs(
     """A block begins at a multiple of so many features, if it is not all of them."""
     cdef Signs s
     cdef bint shared = line_features < writes.features and line_features * writes.inner % 8 != 0
-    s.bits, s.opened = bits, NULL
+    s.bits, s.let_through = bits, NULL
     if writes.runs or (writes.times == 1 and shared):
         s.row = writes.inner
     elif writes.times == 1:
@@ -31,7 +36,7 @@ cdef inline Signs plan_signs(
 
 
 cdef inline Py_ssize_t row_at(const Signs *s, Py_ssize_t offset, Py_ssize_t count) noexcept nogil:
-    """The row that values begin in which lie at an offset in the array."""
+    """The row of signs in which the values at an offset begin."""
     return 0 if offset + count <= s.row else offset // s.row
 
 
@@ -95,8 +100,8 @@ cdef inline void open_row(
 cdef void open_values(
     floating *to, const floating *dout, const Signs *s, Py_ssize_t offset, Py_ssize_t count,
 ) noexcept nogil:
-    """What a ReLU lets through of values that lie at an offset in the array. They may be merged of
-    some rows of signs."""
+    """What a ReLU lets through of values that lie at an offset in the array, and may belong to
+    several rows of signs."""
     cdef Py_ssize_t row, into, part
     while count > 0:
         row = row_at(s, offset, count)

@@ -3,13 +3,13 @@
 # Derivation, twins, tests and bytes moved: those of terms.pxi, which has what is added up. Behind
 # the signs of a ReLU, one bit a value more is read.
 #
-# Groups of eight rows go to sums in double. Through signs, a group's dout is opened in scratch.
+# Past the cache, what signs let through of a group's dout lies in scratch.
 
 from libc.string cimport memset
 
 cdef enum:
-    # Columns of a group that go through signs at a time: 8 KB of floats, a sixth of L1.
-    PORTION = 256
+    # Bytes of a row that go through signs at a time: a group is 8 KB, a sixth of L1.
+    PORTION = 1024
 
 
 cdef inline floating[:, ::1] pair_of(
@@ -106,6 +106,7 @@ cdef inline void sum_rows(
     double[:, ::1] sums, unsigned *bits, const floating[:, ::1] x, const floating[:, ::1] dout,
     const real[:, ::1] centres, Direction way,
 ) noexcept nogil:
+    """A group, or the rows that are left after the last one."""
     if x.shape[0] == GROUP:
         sum_group(sums, bits, x, dout, centres, way)
     else:
@@ -116,11 +117,13 @@ cdef void sum_signed_rows(
     double[:, ::1] sums, unsigned *bits, const floating[:, ::1] x, const floating[:, ::1] dout,
     const Signs *signs, Py_ssize_t offset, const real[:, ::1] centres, Direction way,
 ) noexcept nogil:
-    """The same of what a ReLU lets through, in stretches of columns for which L1 has room."""
-    cdef floating storage[GROUP * PORTION + 2 * LINE]
+    """The same of what signs let through: where it is put in scratch, a portion of the columns
+    after the other."""
+    cdef char storage[GROUP * PORTION + 64]
     cdef floating *room = <floating *>aligned(storage)
-    cdef Py_ssize_t rows = x.shape[0], width, j = 0
-    cdef Py_ssize_t portion = PORTION if signs.opened == NULL else x.shape[1]
+    cdef Py_ssize_t rows = x.shape[0], width, j = 0, portion = x.shape[1]
+    if signs.let_through == NULL:
+        portion = PORTION // <Py_ssize_t>sizeof(floating)
     while j < x.shape[1]:
         width = min(portion, x.shape[1] - j)
         sum_rows(

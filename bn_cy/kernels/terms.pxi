@@ -13,10 +13,10 @@
 # Bytes moved: 4 a value forward and 8 backward (float32): x, or x and dout, are read once.
 #
 # A direction is an argument for its type alone: Cython makes a C function of each, and no
-# instruction asks which it is. What it is stands in `term` and `product` here and in `value` of
-# writes.pxi; a new one is a member of Direction, and every `if Direction is` must know it. Which
-# one a call is, is asked in `sum_cell_of` and in `write_cell_of`. In the forward dout is x; it and
-# the scale may be loaded, and have no say.
+# instruction asks which it is. What it is stands in `upstream_rows`, `term` and `product` here and
+# in `value` of writes.pxi; a new one is a member of Direction, and every `if Direction is` must
+# know it. Which one a call is, is asked in `sum_cell_of` and in `write_cell_of`. In the forward
+# dout is x; it and the scale may be loaded, and have no say.
 #
 # Groups of eight rows are added up in the data's type (in double, where a term might not survive
 # that: `real`), four and four of them, and go to sums in double.
@@ -113,8 +113,8 @@ cdef inline const floating *upstream_row(
     """dout as it goes into terms, of adjacent values at an offset in the array. What goes by signs
     is put where they say, or in `room`."""
     if Direction is Signed:
-        if signs.opened != NULL:
-            room = <floating *>signs.opened + offset
+        if signs.let_through != NULL:
+            room = <floating *>signs.let_through + offset
         open_values(room, dout, signs, offset, count)
         return room
     else:
@@ -130,8 +130,8 @@ cdef inline const floating[:, ::1] upstream_rows(
     cdef Py_ssize_t stride = dout.strides[0] // <Py_ssize_t>sizeof(floating)
     cdef Py_ssize_t pitch = width
     if Direction is Signed:
-        if signs.opened != NULL:
-            room, pitch = <floating *>signs.opened + offset, stride
+        if signs.let_through != NULL:
+            room, pitch = <floating *>signs.let_through + offset, stride
         for i in range(rows):
             open_values(room + i * pitch, &dout[i, 0], signs, offset + i * stride, width)
         return rows_of(room, rows, width, pitch)

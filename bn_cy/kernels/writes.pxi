@@ -4,7 +4,7 @@
 #             a ReLU of it, a residual added to it, or both
 #   backward  dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n), xhat = (x - mean)*invstd
 #             the same of dout where y > 0, else of 0: through a ReLU
-#             that is also the gradient of a residual, if there was one, and is written, too
+#             with a residual, whose gradient is dout or that, it is written, too
 #
 # Derivation: the last line of the forward, and the closed form of the backward.
 # Twins: `reference.forward`, `reference.backward_closed_form`.
@@ -51,7 +51,7 @@ cdef enum Joined:     # forward, with both
     JOINED = ADDED + 1
 cdef enum Passed:     # backward through the ReLU of frozen statistics, with the forward's columns
     PASSED = JOINED + 1
-cdef enum Handed:     # and with the gradient of a residual
+cdef enum Handed:     # of frozen statistics and with a residual: dx of dout alone, and its gradient
     HANDED = PASSED + 1
 ctypedef fused Written:
     Forwards
@@ -137,15 +137,15 @@ cdef inline void write_burst(
     """A burst of values, by a line of scratch. x is fetched, and dout only where it is a residual
     or goes through a ReLU: elsewhere more fetches would take the line buffers of the stores."""
     cdef floating storage[BURST + 2 * LINE]
-    cdef floating storage_upstream[BURST + 2 * LINE]
+    cdef floating second_storage[BURST + 2 * LINE]
     cdef floating *line = <floating *>aligned(storage)
-    cdef floating *upstream = <floating *>aligned(storage_upstream)
+    cdef floating *dresidual = <floating *>aligned(second_storage)
     cdef size_t size = x.shape[0] * sizeof(floating)
     if Written is Signed or Written is Handed:
-        open_values(upstream, &dout[0], signs, offset, x.shape[0])
-        put(<floating *>signs.opened + offset, upstream, size, writing)
+        open_values(dresidual, &dout[0], signs, offset, x.shape[0])
+        put(<floating *>signs.let_through + offset, dresidual, size, writing)
         write_values(
-            row_of(line, x.shape[0]), x, row_of(upstream, x.shape[0]), columns, run, way)
+            row_of(line, x.shape[0]), x, row_of(dresidual, x.shape[0]), columns, run, way)
     else:
         write_values(row_of(line, x.shape[0]), x, dout, columns, run, way)
     if Written is Joined:
@@ -153,7 +153,9 @@ cdef inline void write_burst(
     put(target, line, size, writing)
     if ahead:
         fetch(&x[0] + ahead, size)
-        if Written is not Forwards and Written is not Backwards and Written is not Rectified:
+    if Written is Added or Written is Joined or Written is Gated or Written is Signed \
+            or Written is Passed:
+        if beside:
             fetch(&dout[0] + beside, size)
 
 
@@ -173,7 +175,7 @@ cdef inline void write_row(
     cdef floating *dresidual
     if writing == DIRECT:
         if Written is Signed or Written is Handed:
-            dresidual = <floating *>signs.opened + offset
+            dresidual = <floating *>signs.let_through + offset
             open_values(dresidual, &dout[0], signs, offset, out.shape[0])
             write_values(out, x, row_of(dresidual, out.shape[0]), columns, run, way)
         else:
