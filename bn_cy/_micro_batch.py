@@ -134,11 +134,11 @@ class MicroBatch:
             PartCache.forward(layer, x, whole, target, residual)
             for x, target, residual in zip(xs, targets, residuals, strict=True)
         ]
-        if counted:
+        ys, caches = [y for y, _ in results], [cache for _, cache in results]
+        if counted:  # last: nothing after it wants memory
             count_batches(layer, [whole])
-        self._caches = [cache for _, cache in results]
-        self._cached_mode = layer.training
-        return [y for y, _ in results]
+        self._caches, self._cached_mode = caches, layer.training
+        return ys
 
     __call__ = forward
 
@@ -188,13 +188,13 @@ class MicroBatch:
             cache.input_gradients(*from_above, whole, target)
             for cache, from_above, target in zip(caches, upstream, targets, strict=True)
         ]
+        result = dxs = [dx for dx, *_ in gradients]
+        if any([cache.residual for cache in caches]):  # a generator's end may want memory
+            result = dxs, [rest[0] if rest else None for _, *rest in gradients]
         dbeta, dgamma = whole
-        self._layer._keep_gradients(dgamma, dbeta)
+        self._layer._keep_gradients(dgamma, dbeta)  # last: nothing after it wants memory
         self._caches = None
-        dxs = [dx for dx, *_ in gradients]
-        if not any(cache.residual for cache in caches):
-            return dxs
-        return dxs, [rest[0] if rest else None for _, *rest in gradients]
+        return result
 
     def __getstate__(self):
         """Everything but the parts of the last forward, as of a layer."""

@@ -245,6 +245,30 @@ def layer_backward(data, mode, out, then, **options):
     return lambda: (layer.backward(dout, out=target), layer), [x, dout, layer]
 
 
+def parted(data, array):
+    """Return two parts of a batch, along an axis that is not the features'."""
+    return [part.copy() for part in np.array_split(array, 2, axis=int(data.axis == 0))]
+
+
+def micro_forward(data, then):
+    """In eval mode: of training NumPy makes the moments, and its `errstate` ends the process where
+    it finds no memory."""
+    x, _, residual = map(functools.partial(parted, data), data.batches())
+    more = following(then, residual)
+    layer = data.layer(relu=more.pop("relu")).eval()
+    micro = bn_cy.MicroBatch(layer)
+    return lambda: (micro(x, residuals=more["residual"]), layer), [x, residual, layer]
+
+
+def micro_backward(data, then):
+    x, dout, residual = map(functools.partial(parted, data), data.batches())
+    more = following(then, residual)
+    layer = data.layer(relu=more.pop("relu")).eval()
+    micro = bn_cy.MicroBatch(layer)
+    micro(x, residuals=more["residual"])
+    return lambda: (micro.backward(dout), layer), [x, dout, layer]
+
+
 def nonfinite(data, policy):
     x, dout, _ = data.batches()
     x.reshape(-1)[0] = np.nan
@@ -349,6 +373,9 @@ def methods():
         yield layer_forward, mode, out, then
         yield layer_backward, mode, out, then
     yield from ((nonfinite, policy) for policy in ("raise", "skip", "update"))
+    for then in THEN:
+        yield micro_forward, then
+        yield micro_backward, then
 
 
 # The proof
@@ -361,7 +388,7 @@ SITES = "partial sums of a forward", "partial sums of a backward", "no memory fo
 
 # Python 3.11 leaves the arguments of a function behind for whose closure it finds no memory: these
 # calls have such functions, in the package, in `copy` or in `pickle`.
-CLOSURES = "load_state_dict", "pickle", "copy", "deepcopy"
+CLOSURES = "load_state_dict", "pickle", "copy", "deepcopy", "micro_"
 
 # What Python and NumPy raise in the place of a MemoryError: of a lock, where pickle imports, and
 # where one exception is lost over another.
