@@ -71,16 +71,24 @@ def check_same_or_apart(out, name, array):
 def check_apart_from_parameters(out, gamma, beta):
     """Refuse an `out` that shares memory with a parameter."""
     for name, parameter in (("gamma", gamma), ("beta", beta)):
-        if parameter is not None and np.shares_memory(out, as_plain(name, parameter)):
-            raise ValueError("out may not share memory with gamma or beta")
+        if parameter is not None:
+            refuse_shared(out, "gamma or beta", [as_plain(name, parameter)])
 
 
 def check_apart_from_layer(out, layer):
     """Refuse an `out` that shares memory with the arrays of a layer."""
-    if out is None:
-        return
-    target = as_output(out)
-    owned = {"gamma or beta": layer._params, "the running statistics": layer._running}
-    for what, arrays in owned.items():
-        if any(np.shares_memory(target, array) for array in arrays.values()):
+    if out is not None:
+        target = as_output(out)
+        refuse_shared(target, "gamma or beta", layer._params.values())
+        refuse_shared(target, "the running statistics", layer._running.values())
+
+
+def refuse_shared(out, what, arrays):
+    """Refuse an `out` that shares memory with any of some arrays.
+
+    A loop, as Python 3.11 leaks the arguments of a function with a closure that it has no memory
+    for.
+    """
+    for array in arrays:
+        if np.shares_memory(out, array):
             raise ValueError(f"out may not share memory with {what}")
