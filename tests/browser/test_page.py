@@ -584,6 +584,17 @@ def at(array, i, f):
     return float(array[i, f] if array.ndim == 2 else array[f])
 
 
+def farthest(typed, known):
+    """Give (i, f) of the entry at which a number is least like every other that the page knows."""
+    known = np.array(known)
+    apart = (np.abs(known - typed) / (np.abs(known) + np.abs(typed))).min(axis=0)
+    return (0, *np.unravel_index(np.argmax(apart), apart.shape))[-2:]
+
+
+def known_mistakes(target, arrays):
+    return [mistaken(name, *arrays)[target] for name in WHERE if target in WHERE[name]]
+
+
 def test_all_mistakes_are_tested():
     assert WHERE.keys() == MISTAKES
 
@@ -594,8 +605,7 @@ def test_a_mistake_is_told_by_its_name(page, rng, name, target):
     page.open(trace(*arrays, EPS))
     right, wrong = cache_of(*arrays)[target], mistaken(name, *arrays)[target]
     # Where the mistake changes most: elsewhere it may not matter.
-    worst = np.unravel_index(np.argmax(np.abs(wrong / right - 1)), right.shape)
-    i, f = (0, *worst)[-2:]
+    i, f = farthest(wrong, [right])
     page.follow(i, f)
     verdict = predict(page, target, f"{at(wrong, i, f):.6g}")
     assert name in verdict
@@ -606,11 +616,15 @@ def test_a_mistake_is_told_by_its_name(page, rng, name, target):
 def test_what_is_right_is_told_so(page, rng, target):
     arrays = problem(rng)
     page.open(trace(*arrays, EPS))
-    page.follow(2, 1)
-    value = at(cache_of(*arrays)[target], 2, 1)
+    cache = cache_of(*arrays)
+    parts = [cache["dx1"], cache["dx2"]] if target == "dx" else []
+    i, f = farthest(-cache[target], [*known_mistakes(target, arrays), *parts])
+    page.follow(i, f)
+    value = at(cache[target], i, f)
     for text in (f"{value:.3g}", f"{value:.10g}", f"{value:.4g}".replace("-", MINUS)):
         assert predict(page, target, text).startswith("Right.")
-    wrong = predict(page, target, f"{value * 1.37 + 3:.8g}")
+    # No mistake makes a number a million times larger.
+    wrong = predict(page, target, f"{1e6 * (1 + abs(value)):.8g}")
     assert "none of the mistakes known here" in wrong
     assert "Type a number" in predict(page, target, "much")
     assert "the sign is not" in predict(page, target, f"{-value:.8g}")
@@ -619,9 +633,11 @@ def test_what_is_right_is_told_so(page, rng, target):
 def test_half_of_a_sum_is_recognized(page, rng):
     arrays = problem(rng)
     page.open(trace(*arrays, EPS))
-    page.follow(2, 1)
-    part = at(cache_of(*arrays)["dx2"], 2, 1)
-    assert "That is dx2 alone" in predict(page, "dx", f"{part:.8g}")
+    cache = cache_of(*arrays)
+    part = cache["dx2"]
+    i, f = farthest(part, [cache["dx"], cache["dx1"], *known_mistakes("dx", arrays)])
+    page.follow(i, f)
+    assert "That is dx2 alone" in predict(page, "dx", f"{at(part, i, f):.8g}")
 
 
 def test_numbers_to_be_predicted_are_not_shown_before(page, rng):
