@@ -4,8 +4,6 @@
 # Tests: tests/test_same_bits.py, tests/test_accuracy.py.
 # Bytes moved: those of terms.pxi; of partial sums 16 a feature and cell.
 
-from libc.string cimport memset
-
 
 cdef void sum_cell(
     double[:, ::1] total, const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
@@ -18,8 +16,8 @@ cdef void sum_cell(
         <double *>aligned(storage) if apart else &total[0, 0], SUMS, b.width,
         b.pitch if apart else total.strides[0] // <Py_ssize_t>sizeof(double))
     cdef Piece p = cell_at(g, b, cell)
-    memset(&columns[FIRST, 0], 0, b.width * sizeof(double))
-    memset(&columns[SECOND, 0], 0, b.width * sizeof(double))
+    clear(row_of(&columns[FIRST, 0], b.width))
+    clear(row_of(&columns[SECOND, 0], b.width))
     while next_piece(&p, g, b):
         if g.runs:
             sum_run(

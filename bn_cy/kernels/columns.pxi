@@ -18,6 +18,12 @@ cdef enum:  # the two sums of a first pass, a row each
     SUMS
 
 
+cdef inline void clear(real[::1] values) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(values.shape[0]):
+        values[i] = 0
+
+
 cdef inline real sum4(real a, real b, real c, real d) noexcept nogil:
     return (a + b) + (c + d)
 

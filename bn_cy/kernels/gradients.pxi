@@ -10,7 +10,7 @@
 # Bytes moved: O(features). A rescue is a first pass more.
 
 from libc.math cimport NAN, fabs, isfinite
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 from bn_cy.kernels cimport GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR
 
@@ -246,8 +246,8 @@ cdef void prepare_frozen_gradient(
     """Of statistics that do not depend on x: dx = gamma*invstd*dout is dout normalized with a mean
     and a beta of 0, and x is not read. (Through a ReLU without a residual it is: PASSED.)"""
     cdef Py_ssize_t f
-    memset(&columns[HI, 0], 0, b.width * sizeof(floating))
-    memset(&columns[OFFSET, 0], 0, b.width * sizeof(floating))
+    clear(row_of(&columns[HI, 0], b.width))
+    clear(row_of(&columns[OFFSET, 0], b.width))
     for f in range(b.size):
         columns[SCALE, f] = <floating>(s[GAMMA, f] * s[INVSTD, f])
     expand(row_of(&columns[SCALE, 0], b.width), g, b)

@@ -12,7 +12,6 @@
 # Bytes moved: O(features); samples are a few values a feature. A rescue is a first pass more.
 
 from libc.math cimport fabs, isfinite, sqrt
-from libc.string cimport memset
 
 from bn_cy.kernels cimport BETA, GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR
 
@@ -43,8 +42,8 @@ cdef void sample_shift(
     cdef Py_ssize_t k, f, inner = g.inner, size = b.size
     cdef Py_ssize_t samples = min(<Py_ssize_t>SAMPLES, g.count)
     cdef double one_of_them = 1 / <double>samples
-    memset(total, 0, size * sizeof(floating))
-    memset(reach, 0, size * sizeof(floating))
+    clear(row_of(total, size))
+    clear(row_of(reach, size))
     for k in range(1, samples):
         row = &x[k * g.outer // samples, b.start, k * inner // samples]
         if row == first:  # nothing new; without this GCC makes no vectors of the loop below

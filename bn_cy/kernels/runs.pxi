@@ -4,8 +4,6 @@
 #
 # A sum is that of LANES values side by side, in registers.
 
-from libc.string cimport memcpy
-
 cdef enum:
     # Values of a single row of a run that are summed as a group of rows is.
     STRIP = GROUP * LANES
@@ -14,8 +12,6 @@ cdef enum:
     # Steps of LANES columns whose eight rows are summed as two halves, at the most: 16 KB of x and
     # dout, half of L1.
     STEPS = 16
-
-cdef double[LANES] ZEROS  # copied, as GCC makes a slow `rep stos` of such a memset
 
 
 cdef inline unsigned all_bits(const unsigned *bits) noexcept nogil:
@@ -99,9 +95,8 @@ cdef void sum_groups(
     cdef unsigned bits[LANES]
     cdef Py_ssize_t g, i, j, k, start, width, steps = x.shape[1] // LANES
     cdef Py_ssize_t stride = x.strides[0] // <Py_ssize_t>sizeof(floating)
-    memcpy(lanes1, ZEROS, sizeof(lanes1))
-    memcpy(lanes2, ZEROS, sizeof(lanes2))
-    memcpy(bits, ZEROS, sizeof(bits))
+    for j in range(LANES):
+        lanes1[j] = lanes2[j] = bits[j] = 0
     for g in range(groups):
         i = g * GROUP
         for k in range(ceil_div(steps, STEPS)):
@@ -176,9 +171,8 @@ cdef void sum_row(
             sum2[0] += product(x[j], dout[j], shift, scale, gate, way)
         return
     if strips > 0:
-        memcpy(lanes1, ZEROS, sizeof(lanes1))
-        memcpy(lanes2, ZEROS, sizeof(lanes2))
-        memcpy(bits, ZEROS, sizeof(bits))
+        for j in range(LANES):
+            lanes1[j] = lanes2[j] = bits[j] = 0
         for k in range(strips):
             sum_steps(
                 lanes1, lanes2, bits, rows_of(x, GROUP, LANES, LANES),

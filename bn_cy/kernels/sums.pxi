@@ -5,8 +5,6 @@
 #
 # Past the cache, what signs let through of a group's dout lies in scratch.
 
-from libc.string cimport memset
-
 cdef enum:
     # Bytes of a row that go through signs at a time: a group is 8 KB, a sixth of L1.
     PORTION = 1024
@@ -142,7 +140,8 @@ cdef void sum_columns(
     cdef Py_ssize_t stride = x.strides[0] // <Py_ssize_t>sizeof(floating)
     cdef unsigned bits[WIDTH]
     if GROUP <= rows:
-        memset(bits, 0, width * sizeof(unsigned))
+        for j in range(width):
+            bits[j] = 0
     while i < rows:
         count = min(<Py_ssize_t>GROUP, rows - i)
         if Direction is Signed:
