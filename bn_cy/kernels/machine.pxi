@@ -91,22 +91,23 @@ cdef extern from *:
     #endif
     }
 
-    /* value where a > b, else 0: by its bits. A select becomes a masked load, which waits for a. */
-    static inline float bn_where_float(float value, float a, float b) {
-        uint32_t bits;
-        memcpy(&bits, &value, sizeof bits);
-        bits &= -(uint32_t)(a > b);
-        memcpy(&value, &bits, sizeof bits);
-        return value;
-    }
-
-    static inline double bn_where_double(double value, double a, double b) {
-        uint64_t bits;
-        memcpy(&bits, &value, sizeof bits);
-        bits &= -(uint64_t)(a > b);
-        memcpy(&value, &bits, sizeof bits);
-        return value;
-    }
+    /* value where a > b, else 0: by an AND. Of a select, and of a mask whose zeros it knows, GCC
+       makes a masked load, which waits for a. */
+    #if defined(__AVX512F__) && defined(__GNUC__)
+    __attribute__((visibility("hidden"))) long bn_nothing;  /* 0, which GCC does not know */
+    #else
+    enum { bn_nothing };
+    #endif
+    #define BN_WHERE(name, real, word) \\
+        static inline real name(real value, real a, real b) { \\
+            word bits; \\
+            memcpy(&bits, &value, sizeof bits); \\
+            bits &= a > b ? ~(word)0 : (word)bn_nothing; \\
+            memcpy(&value, &bits, sizeof bits); \\
+            return value; \\
+        }
+    BN_WHERE(bn_where_float, float, uint32_t)
+    BN_WHERE(bn_where_double, double, uint64_t)
 
     static inline uint32_t bn_float_bits(float value) {
         uint32_t bits;
