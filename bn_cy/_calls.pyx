@@ -475,16 +475,17 @@ def check_variance(str name, const double[::1] var):
 
 
 cdef int refuse_negative(str name, const double *var, Py_ssize_t features) except -1:
-    cdef bint negative = False
+    cdef const int64_t *bits = <const int64_t *>var
+    cdef int64_t signs = 0
     cdef Py_ssize_t f
-    for f in range(features):  # to the end: as vectors
-        negative |= var[f] < 0
-    if not negative:
+    for f in range(features):  # as vectors
+        signs |= bits[f]
+    if signs >= 0:
         return 0
-    f = 0
-    while not var[f] < 0:
-        f += 1
-    raise ValueError(f"{name} must not be negative, got {var[f]} at feature {f}")
+    for f in range(features):  # it may be the sign of a NaN, or of a zero
+        if var[f] < 0:
+            raise ValueError(f"{name} must not be negative, got {var[f]} at feature {f}")
+    return 0
 
 
 cdef int check_forward_target(
