@@ -40,7 +40,7 @@ SHAPES = [  # (outer, features, inner), one for every way in which an array is w
 # change of these is a new number and a new line here.
 DECLARED = {
     "bn_cy.h": {1: "e9a86f391377700a"},
-    "kernels/__init__.pxd": {1: "71f307315bc71a5a", 2: "5c2281e116c9315a"},
+    "kernels/__init__.pxd": {1: "71f307315bc71a5a", 2: "5c2281e116c9315a", 3: "4becf2211b9f9034"},
 }
 
 

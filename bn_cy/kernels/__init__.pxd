@@ -9,7 +9,7 @@ cdef extern from *:
     """
     /* The name of the capsule. A change below raises its number, so that a module that was not
        compiled again is refused; tests/test_capi.py holds the two together. */
-    #define BN_CY_KERNELS "bn_cy.kernels/2"
+    #define BN_CY_KERNELS "bn_cy.kernels/3"
     """
     const char *KERNELS_NAME "BN_CY_KERNELS"
 
@@ -20,7 +20,7 @@ cdef enum:
     VAR
     INVSTD
     GAMMA
-    BETA        # -0.0 where there is none: to add it changes no bit
+    INTERCEPT   # y where x is MEAN in the data's type: beta, and what that leaves of the mean
     STATISTICS  # how many rows
 
 

@@ -12,7 +12,7 @@
 from libc.math cimport NAN, fabs, isfinite
 from libc.string cimport memcpy
 
-from bn_cy.kernels cimport GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR
+from bn_cy.kernels cimport GAMMA, INTERCEPT, INVSTD, MEAN, REST, STATISTICS, VAR
 
 
 cdef enum:
@@ -70,8 +70,7 @@ cdef inline void spread_gate(
     for f in range(b.size):
         columns[GATE_HI, f] = <floating>s[MEAN, f]
         columns[GATE_SLOPE, f] = <floating>(s[GAMMA, f] * s[INVSTD, f])
-    for f in range(b.size):
-        columns[GATE_OFFSET, f] = <floating>normal_offset(s, f, columns[GATE_HI, f])
+        columns[GATE_OFFSET, f] = <floating>s[INTERCEPT, f]
     for f in range(GATE_HI, GATED_CENTRES):
         expand(row_of(&columns[f, 0], b.width), g, b)
 
@@ -236,7 +235,7 @@ cdef void prepare_gate(
     """Beside what `prepare_input_gradient` has set."""
     cdef Py_ssize_t f
     for f in range(b.size):
-        columns[GATE, f] = <floating>normal_offset(s, f, <floating>s[MEAN, f])
+        columns[GATE, f] = <floating>s[INTERCEPT, f]
     expand(row_of(&columns[GATE, 0], b.width), g, b)
 
 

@@ -13,7 +13,7 @@
 
 from libc.math cimport fabs, isfinite, sqrt
 
-from bn_cy.kernels cimport BETA, GAMMA, INVSTD, MEAN, REST, STATISTICS, VAR
+from bn_cy.kernels cimport GAMMA, INTERCEPT, INVSTD, MEAN, REST, STATISTICS, VAR
 
 cdef enum:
     # Values of a feature that its shift is the mean of: of normal data it is then 1.2 standard
@@ -220,9 +220,9 @@ cdef void find_invstd(
     double[:, ::1] s, const floating[::1] gamma, const floating[::1] beta, double eps,
     const Block *b,
 ) noexcept nogil:
-    """invstd, and gamma and beta beside it: what the second pass, and the backward, need. Where
-    var and eps are 0 it is 0: then y is beta, and dx and dgamma are 0."""
-    cdef double added
+    """invstd, gamma and the intercept: what the second pass, and the backward, need. Where var and
+    eps are 0, invstd is 0: then y is beta, and dx and dgamma are 0."""
+    cdef double added, slope, below
     cdef Py_ssize_t f
     for f in range(b.size):
         added = s[VAR, f] + eps
@@ -233,19 +233,13 @@ cdef void find_invstd(
     else:
         for f in range(b.size):
             s[GAMMA, f] = gamma[b.start + f]
-    if beta.shape[0] == 0:
+    for f in range(b.size):
+        slope = s[GAMMA, f] * s[INVSTD, f]
+        below = (s[MEAN, f] - <floating>s[MEAN, f]) + s[REST, f]
+        s[INTERCEPT, f] = -below * slope
+    if beta.shape[0]:
         for f in range(b.size):
-            s[BETA, f] = -0.0
-    else:
-        for f in range(b.size):
-            s[BETA, f] = beta[b.start + f]
-
-
-cdef inline double normal_offset(
-    const double[:, ::1] s, Py_ssize_t f, double hi,
-) noexcept nogil:
-    """What y has beside (x - hi)*gamma*invstd: what hi leaves of the mean, and beta."""
-    return -((s[MEAN, f] - hi) + s[REST, f]) * (s[GAMMA, f] * s[INVSTD, f]) + s[BETA, f]
+            s[INTERCEPT, f] += beta[b.start + f]
 
 
 cdef void prepare_normalize(
@@ -256,7 +250,6 @@ cdef void prepare_normalize(
     for f in range(b.size):
         columns[HI, f] = <floating>s[MEAN, f]
         columns[SCALE, f] = <floating>(s[GAMMA, f] * s[INVSTD, f])
-    for f in range(b.size):
-        columns[OFFSET, f] = <floating>normal_offset(s, f, columns[HI, f])
+        columns[OFFSET, f] = <floating>s[INTERCEPT, f]
     for f in range(OFFSET + 1):
         expand(row_of(&columns[f, 0], b.width), g, b)

@@ -26,7 +26,7 @@ from libc.string cimport memcpy
 cdef enum:
     HI
     SCALE     # of x - hi: gamma*invstd; backward: invstd
-    OFFSET    # added: beta - lo*gamma*invstd; backward, subtracted: dbeta/n - lo*invstd*dgamma/n
+    OFFSET    # added: INTERCEPT; backward, subtracted: dbeta/n - lo*invstd*dgamma/n
     PRODUCT   # backward: dgamma/n
     DX_SCALE  # backward: gamma*invstd, which is the SCALE of the forward
     GATE      # gated: the OFFSET of the forward
