@@ -85,11 +85,13 @@ STRIP = ["-Wl,--strip-all"]
 # Each if the compiler takes it. GCC gives up on loops over eight rows of doubles, which might
 # overlap the sums, after ten checks. Twice unrolled, a loop of one vector does not depend on where
 # in a cache line it happens to begin, which was worth a third of its time. And loops that clear or
-# copy stay loops: as memset they are `rep stosb` from 2 KB on, which is slow to begin.
+# copy stay loops: as memset they are `rep stosb` from 2 KB on, which is slow to begin. Where a jump
+# leads is aligned without regard to how much that fills: short rows depended on it.
 GCC_TUNING = [
     ["--param=vect-max-version-for-alias-checks=100"],
     ["-funroll-loops", "--param=max-unroll-times=2"],
     ["-fno-tree-loop-distribute-patterns"],
+    ["-falign-jumps=16"],
 ]
 
 GCC_VARIANTS = {
