@@ -9,7 +9,7 @@
 # Tests: tests/test_accuracy.py, tests/test_kernels.py.
 # Bytes moved: O(features). A rescue is a first pass more.
 
-from libc.math cimport NAN, fabs, isfinite
+from libc.math cimport fabs, isfinite
 from libc.string cimport memcpy
 
 from bn_cy.kernels cimport GAMMA, INTERCEPT, INVSTD, MEAN, REST, STATISTICS, VAR
@@ -145,15 +145,6 @@ cdef void find_dgamma(
         sums[SECOND, f] = (
             sums[SECOND, f] * reciprocal(centres[CENTRE_SCALE, f])
             - ((s[MEAN, f] - centres[CENTRE, f]) + s[REST, f]) * sums[FIRST, f]) * s[INVSTD, f]
-
-
-cdef void settle_nans(double[:, ::1] sums) noexcept nogil:
-    """One NaN for all: whose sign a sum of two has depends on the order of an instruction."""
-    cdef Py_ssize_t f, k
-    for k in range(SUMS):
-        for f in range(sums.shape[1]):
-            if sums[k, f] != sums[k, f]:
-                sums[k, f] = NAN
 
 
 cdef inline void store_gradient(

@@ -11,7 +11,7 @@
 # Tests: tests/test_accuracy.py (outliers, offsets, overflow), tests/test_kernels.py.
 # Bytes moved: O(features); samples are a few values a feature. A rescue is a first pass more.
 
-from libc.math cimport fabs, isfinite, sqrt
+from libc.math cimport NAN, fabs, isfinite, sqrt
 
 from bn_cy.kernels cimport GAMMA, INTERCEPT, INVSTD, MEAN, REST, STATISTICS, VAR
 
@@ -168,6 +168,15 @@ cdef void rescue_moments(
         first = stop + 1
 
 
+cdef void settle_nans(double[:, ::1] rows) noexcept nogil:
+    """One NaN for all: whose sign a sum of two has depends on the order of an instruction."""
+    cdef Py_ssize_t i, f
+    for i in range(rows.shape[0]):
+        for f in range(rows.shape[1]):
+            if rows[i, f] != rows[i, f]:
+                rows[i, f] = NAN
+
+
 cdef inline void finish_moments(
     double[:, ::1] s, const double[:, ::1] sums, const floating[:, :, ::1] x, const Grid *g,
     const Block *b, double[:, :, ::1] levels,
@@ -176,6 +185,7 @@ cdef inline void finish_moments(
     cdef double least = 1e-30 if floating is float else 1e-290  # squares below it lose digits
     if find_moments(s, suspect, sums, g.count, least):
         rescue_moments(s, suspect, x, g, b, levels)
+        settle_nans(tile(s, 0, 0, VAR + 1, b.size))
 
 
 cdef inline void moments_of_block(
@@ -233,13 +243,16 @@ cdef void find_invstd(
     else:
         for f in range(b.size):
             s[GAMMA, f] = gamma[b.start + f]
+    if beta.shape[0] == 0:
+        for f in range(b.size):
+            s[INTERCEPT, f] = -0.0  # to add it changes no bit
+    else:
+        for f in range(b.size):
+            s[INTERCEPT, f] = beta[b.start + f]
     for f in range(b.size):
         slope = s[GAMMA, f] * s[INVSTD, f]
         below = (s[MEAN, f] - <floating>s[MEAN, f]) + s[REST, f]
-        s[INTERCEPT, f] = -below * slope
-    if beta.shape[0]:
-        for f in range(b.size):
-            s[INTERCEPT, f] += beta[b.start + f]
+        s[INTERCEPT, f] -= below * slope  # not a negated product: a NaN keeps its sign
 
 
 cdef void prepare_normalize(
