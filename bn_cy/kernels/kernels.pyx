@@ -28,7 +28,8 @@ include "cells.pxi"      # and of cells, in a tree
 include "writes.pxi"     # the second passes: y, dx
 include "moments.pxi"    # mean and variance; what y needs
 include "gradients.pxi"  # dgamma and dbeta; what dx needs
-include "schedule.pxi"   # a call: blocks, cells, threads
+include "schedule.pxi"   # a call: how its passes are made, blocks of features
+include "threads.pxi"    # and the rows of all features, shared by threads
 
 # -------------------------------------------------------------------------------------------------
 # Forward: moments, then y
@@ -41,23 +42,10 @@ cdef int forward(
 ) noexcept nogil:
     """y = gamma*(x - mean)*invstd + beta; a residual is added, and a ReLU follows, if the call has
     them."""
-    cdef Py_ssize_t i, cells = c.sums.cells // c.branches
+    cdef Py_ssize_t i
     if c.by_cells:
         with parallel(num_threads=c.threads):
-            if c.measure:
-                for i in prange(c.slices, schedule="static"):
-                    sample_slice(statistics, x, c, i)
-                wait_for_all()
-                for i in prange(c.branches, schedule="static"):
-                    sum_branch(partials, i * c.levels, statistics, x, x, c, i * cells, cells)
-                wait_for_all()
-            for i in prange(c.slices, schedule="static"):
-                finish_forward_slice(statistics, x, gamma, beta, eps, partials, c, i)
-            wait_for_all()
-            for i in prange(c.threads, schedule="static"):
-                update_slices_of(i, statistics, c)
-                if c.write:
-                    write_cells_of(i, y, x, residual, statistics, statistics, 0, c)
+            forward_by_cells(y, statistics, x, residual, gamma, beta, eps, partials, c, member())
     elif c.threads == 1:  # no parallel region: one of a single thread would do, but it costs
         for i in range(c.blocks):
             forward_block(y, statistics, x, residual, gamma, beta, eps, partials, c, i)
@@ -70,9 +58,28 @@ cdef int forward(
                 forward_block(y, statistics, x, residual, gamma, beta, eps, partials, c, i)
             if c.running != NULL:
                 wait_for_all()
-                for i in prange(c.blocks, schedule="static"):
-                    update_block(statistics, c, i)
+                update_blocks_of(member(), statistics, c)
     return 0
+
+
+cdef void forward_by_cells(
+    floating[:, :, ::1] y, double[:, ::1] statistics,
+    const floating[:, :, ::1] x, const floating[:, :, ::1] residual,
+    const floating[::1] gamma, const floating[::1] beta, double eps,
+    double[:, :, ::1] partials, const Call *c, Member m,
+) noexcept nogil:
+    """What one thread does of it. No prange: it would wait at its beginning, too."""
+    if c.measure:
+        sample_slices_of(m, statistics, x, c)
+        wait_for_all()
+        sum_branches_of(m, partials, statistics, x, x, c)
+        wait_for_all()
+    finish_forward_slices_of(m, statistics, x, gamma, beta, eps, partials, c)
+    wait_for_all()
+    if c.running != NULL:
+        update_slices_of(m, statistics, c)
+    if c.write:
+        write_cells_of(m, y, x, residual, statistics, statistics, 0, c)
 
 
 cdef void forward_block(
@@ -105,20 +112,12 @@ cdef int backward(
     cdef const floating[:, :, ::1] let_through = (
         dout if c.sums.signs.let_through == NULL
         else array_like(<floating *>c.sums.signs.let_through, dout))
-    cdef Py_ssize_t i, cells = c.sums.cells // c.branches
+    cdef Py_ssize_t i
     if c.by_cells:
         with parallel(num_threads=c.threads):
-            if c.measure:
-                for i in prange(c.branches, schedule="static"):
-                    sum_branch(partials, i * c.levels, statistics, x, dout, c, i * cells, cells)
-                wait_for_all()
-                for i in prange(c.slices, schedule="static"):
-                    finish_backward_slice(
-                        dgamma, dbeta, sums, statistics, dout, x, partials, c, i)
-                wait_for_all()
-            if c.write:
-                for i in prange(c.threads, schedule="static"):
-                    write_cells_of(i, dx, x, let_through, statistics, sums, count, c)
+            backward_by_cells(
+                dx, dgamma, dbeta, sums, statistics, dout, let_through, x, count, partials, c,
+                member())
     elif c.threads == 1:
         for i in range(c.blocks):
             backward_block(
@@ -128,6 +127,21 @@ cdef int backward(
             backward_block(
                 dx, dgamma, dbeta, sums, statistics, dout, let_through, x, count, partials, c, i)
     return 0
+
+
+cdef void backward_by_cells(
+    floating[:, :, ::1] dx, floating[::1] dgamma, floating[::1] dbeta,
+    double[:, ::1] sums, double[:, ::1] statistics,
+    const floating[:, :, ::1] dout, const floating[:, :, ::1] let_through,
+    const floating[:, :, ::1] x, double count, double[:, :, ::1] partials, const Call *c, Member m,
+) noexcept nogil:
+    if c.measure:
+        sum_branches_of(m, partials, statistics, x, dout, c)
+        wait_for_all()
+        finish_backward_slices_of(m, dgamma, dbeta, sums, statistics, dout, x, partials, c)
+        wait_for_all()
+    if c.write:
+        write_cells_of(m, dx, x, let_through, statistics, sums, count, c)
 
 
 cdef void backward_block(

@@ -1,5 +1,6 @@
-# What Cython has no words for: all the C of the kernels. Typed memoryviews of memory that no Python
-# object owns, stores past the cache, fetches, aligned scratch, bits.
+# What Cython has no words for: the C of the kernels, but for OpenMP's in threads.pxi. Typed
+# memoryviews of memory that no Python object owns, stores past the cache, fetches, aligned scratch,
+# bits.
 #
 # Derivation: none. Tests: every test of the same bits (the stores at every alignment, through and
 # past the cache: tests/test_same_bits.py).
@@ -225,15 +226,6 @@ cdef extern from *:
             to[i] = bits[(at + i) / 8] >> (at + i) % 8 & 1 ? from[i] : 0;
     }
 
-    /* All threads of a parallel region arrive before one goes on. (Cython's loops end without.) */
-    #if !defined(_OPENMP)
-    #define bn_wait_for_all() ((void)0)
-    #elif defined(_MSC_VER) && !defined(__clang__)
-    #define bn_wait_for_all() __pragma(omp barrier)
-    #else
-    #define bn_wait_for_all() _Pragma("omp barrier")
-    #endif
-
     /* A flag that any thread may raise. */
     static inline void bn_raise_flag(int *flag) {
     #if defined(__GNUC__)
@@ -266,7 +258,6 @@ cdef extern from *:
         const void *start, Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner,
         Py_ssize_t size) noexcept nogil
     void stream "bn_stream"(void *target, const void *source, size_t size) noexcept nogil
-    void wait_for_all "bn_wait_for_all"() noexcept nogil
     void raise_flag "bn_raise_flag"(int *flag) noexcept nogil
     void end_streaming "bn_stream_end"() noexcept nogil
     void clear_vectors "bn_clear_vectors"() noexcept nogil

@@ -2,16 +2,14 @@
 #
 # Either each thread takes blocks of features and makes both passes over a block while its cache
 # holds it; or, where there are few features or blocks outgrow the cache, each takes cells, which
-# are stretches of rows, and the passes follow each other. The bits are the same.
+# are stretches of rows, and the passes follow each other (threads.pxi). The bits are the same.
 #
 # Derivation: none; what each step computes is said in the rooms that it calls.
 # Tests: tests/test_same_bits.py, with 1 to 16 threads; tests/test_threads.py.
 # Bytes moved: those of the passes.
 #
-# In this room and in kernels.pyx a direction is a fact at run time. A forward has x, or a residual,
-# in the place of dout.
-
-from libc.string cimport memcpy
+# From this room on a direction is a fact at run time. A forward has x, or a residual, in the place
+# of dout.
 
 from bn_cy.kernels cimport MEAN, VAR, Resources, Running, Shape
 
@@ -144,137 +142,6 @@ cdef inline Py_ssize_t read_beside(
     return ahead
 
 
-# The first pass by cells
-
-cdef void sample_slice(
-    double[:, ::1] statistics, const floating[:, :, ::1] x, const Call *c, Py_ssize_t i,
-) noexcept nogil:
-    cdef Block b = slice_of(c, i)
-    sample_shift(of_features(statistics, &b), x, &c.sums, &b)
-
-
-cdef inline void sum_block_in_cell(
-    double[:, :, ::1] partials, Py_ssize_t level, double[:, ::1] statistics,
-    const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
-    const Call *c, Py_ssize_t cell, Py_ssize_t i,
-) noexcept nogil:
-    cdef floating scratch[GATED_CENTRES * SCRATCH]
-    cdef double storage[CENTRES * WIDTH]
-    cdef Block b = block_of(&c.sums, c, i)
-    cdef double[:, ::1] s = of_features(statistics, &b)
-    cdef double[:, ::1] centres = rows_of(storage, CENTRES, b.size, WIDTH)
-    cdef floating[:, ::1] columns = rows_of(
-        <floating *>aligned(scratch), GATED_CENTRES, b.width, b.pitch)
-    if c.summed == FORWARDS:
-        spread(row_of(&columns[CENTRE, 0], b.width), row_of(&s[MEAN, 0], b.size), &c.sums, &b)
-    else:
-        find_centres(centres, s, floating is float)
-        spread_centres(c.summed, columns, centres, s, <floating>0, &c.sums, &b)
-    sum_cell_of(
-        c.summed, of_level(partials, level, &b), x, dout, columns, &c.sums, &b, cell)
-
-
-cdef void sum_branch(
-    double[:, :, ::1] partials, Py_ssize_t level, double[:, ::1] statistics,
-    const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
-    const Call *c, Py_ssize_t cell, Py_ssize_t cells,
-) noexcept nogil:
-    """As `partial_sums`, all blocks of a cell before the next: memory is read in whole rows."""
-    cdef Py_ssize_t i, half = cells // 2
-    cdef Block whole
-    if cells == 1:
-        for i in range(c.blocks):
-            sum_block_in_cell(partials, level, statistics, x, dout, c, cell, i)
-    else:
-        sum_branch(partials, level, statistics, x, dout, c, cell, half)
-        sum_branch(partials, level + 1, statistics, x, dout, c, cell + half, half)
-        whole = block_at(&c.sums, 0, c.sums.features)
-        add_sums(of_level(partials, level, &whole), of_level(partials, level + 1, &whole))
-
-
-cdef void merge_branches(
-    double[:, ::1] total, double[:, :, ::1] partials, const Call *c, const Block *b,
-) noexcept nogil:
-    """The rest of the tree, from the branches down to the root."""
-    cdef Py_ssize_t i, first, step = c.levels
-    cdef double[:, ::1] root = of_level(partials, 0, b)
-    while step < c.branches * c.levels:
-        for i in range(c.branches * c.levels // (2 * step)):
-            first = 2 * i * step
-            add_sums(of_level(partials, first, b), of_level(partials, first + step, b))
-        step *= 2
-    memcpy(&total[FIRST, 0], &root[FIRST, 0], b.size * sizeof(double))
-    memcpy(&total[SECOND, 0], &root[SECOND, 0], b.size * sizeof(double))
-
-
-cdef inline void judge_batch(double[:, ::1] s, const Call *c) noexcept nogil:
-    """Whether it is to count in the running statistics: a NaN of any kind makes a variance NaN."""
-    if c.running != NULL and not c.running.nonfinite and not are_finite(
-            row_of(&s[VAR, 0], s.shape[1])):
-        raise_flag(c.unwelcome)
-
-
-cdef void update_running(double[:, ::1] statistics, const Call *c, const Block *b) noexcept nogil:
-    """Of a block, once all threads have judged: all features or none."""
-    cdef double[:, ::1] s = of_features(statistics, b)
-    if c.unwelcome[0]:
-        return
-    average(
-        row_of(c.running.mean + b.start, b.size), row_of(&s[MEAN, 0], b.size),
-        c.running.weight, 1)
-    average(
-        row_of(c.running.var + b.start, b.size), row_of(&s[VAR, 0], b.size),
-        c.running.weight, c.running.correction)
-
-
-cdef void update_block(double[:, ::1] statistics, const Call *c, Py_ssize_t i) noexcept nogil:
-    cdef Block b = block_of(&c.sums, c, i)
-    update_running(statistics, c, &b)
-
-
-cdef void update_slices_of(
-    Py_ssize_t thread, double[:, ::1] statistics, const Call *c,
-) noexcept nogil:
-    """A thread's share of them; nothing where there are no running statistics."""
-    cdef Py_ssize_t i
-    cdef Block b
-    if c.running == NULL:
-        return
-    for i in range(c.slices * thread // c.threads, c.slices * (thread + 1) // c.threads):
-        b = slice_of(c, i)
-        update_running(statistics, c, &b)
-
-
-cdef void finish_forward_slice(
-    double[:, ::1] statistics, const floating[:, :, ::1] x, const floating[::1] gamma,
-    const floating[::1] beta, double eps, double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
-) noexcept nogil:
-    cdef double storage[SUMS * WIDTH]
-    cdef Block b = slice_of(c, i)
-    cdef double[:, ::1] sums = rows_of(storage, SUMS, b.size, WIDTH)
-    cdef double[:, ::1] s = of_features(statistics, &b)
-    if c.measure:
-        merge_branches(sums, partials, c, &b)
-        finish_moments(s, sums, x, &c.sums, &b, partials)  # which are free again
-        judge_batch(s, c)
-    find_invstd(s, gamma, beta, eps, &b)
-
-
-cdef void finish_backward_slice(
-    floating[::1] dgamma, floating[::1] dbeta, double[:, ::1] sums, double[:, ::1] statistics,
-    const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
-    double[:, :, ::1] partials, const Call *c, Py_ssize_t i,
-) noexcept nogil:
-    cdef double storage[CENTRES * WIDTH]
-    cdef Block b = slice_of(c, i)
-    cdef double[:, ::1] total = of_features(sums, &b)
-    cdef double[:, ::1] s = of_features(statistics, &b)
-    cdef double[:, ::1] centres = rows_of(storage, CENTRES, b.size, WIDTH)
-    merge_branches(total, partials, c, &b)
-    find_centres(centres, s, floating is float)
-    finish_gradients(c.summed, total, dgamma, dbeta, centres, s, dout, x, &c.sums, &b, partials)
-
-
 # The second pass
 
 cdef inline void prepare_columns(
@@ -313,22 +180,28 @@ cdef void write_block(
     end_streaming()
 
 
-cdef inline Py_ssize_t first_cell(const Call *c, Py_ssize_t thread) noexcept nogil:
-    """Where a thread's cells to be written begin: about the rows that it summed."""
-    return c.writes.cells * thread // c.threads
+# The running statistics
+
+cdef inline void judge_batch(double[:, ::1] s, const Call *c) noexcept nogil:
+    """Whether it is to count in the running statistics: a NaN of any kind makes a variance NaN."""
+    if c.running != NULL and not c.running.nonfinite and not are_finite(
+            row_of(&s[VAR, 0], s.shape[1])):
+        raise_flag(c.unwelcome)
 
 
-cdef void write_cells_of(
-    Py_ssize_t thread, floating[:, :, ::1] out,
-    const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
-    double[:, ::1] statistics, double[:, ::1] sums, double count, const Call *c,
-) noexcept nogil:
-    """A thread's cells: within the cache all of a block and then the next block, past it cell by
-    cell, as memory is read best in whole rows."""
-    cdef Py_ssize_t first = first_cell(c, thread), stop = first_cell(c, thread + 1)
-    cdef Py_ssize_t i, begin
-    while stop > first:
-        begin = stop - 1 if c.blocks > 1 and c.far else first
-        for i in range(c.blocks):
-            write_block(out, x, dout, statistics, sums, count, c, i, begin, stop)
-        stop = begin
+cdef void update_running(double[:, ::1] statistics, const Call *c, const Block *b) noexcept nogil:
+    """Of a block, once all threads have judged: all features or none."""
+    cdef double[:, ::1] s = of_features(statistics, b)
+    if c.unwelcome[0]:
+        return
+    average(
+        row_of(c.running.mean + b.start, b.size), row_of(&s[MEAN, 0], b.size),
+        c.running.weight, 1)
+    average(
+        row_of(c.running.var + b.start, b.size), row_of(&s[VAR, 0], b.size),
+        c.running.weight, c.running.correction)
+
+
+cdef void update_block(double[:, ::1] statistics, const Call *c, Py_ssize_t i) noexcept nogil:
+    cdef Block b = block_of(&c.sums, c, i)
+    update_running(statistics, c, &b)
