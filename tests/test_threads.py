@@ -55,9 +55,10 @@ def threads():
 # The same bits
 
 
-def digests_of(python, seed, variant):
+def digests_of(python, seed, variant, **environment):
     """Return the lines of `_digests` for 1 to 16 threads, as computed by a variant."""
-    environment = {} if variant == "plain" else {"BN_CY_ISA": variant}
+    if variant != "plain":
+        environment["BN_CY_ISA"] = variant
     result = python("-m", "bn_cy._digests", seed, 1, 2, 3, 7, 16, 1, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
@@ -69,6 +70,13 @@ def test_every_variant_has_the_committed_digests(python, variant):
     if variant not in _dispatch.SUPPORTED:
         pytest.skip(f"the variant {variant} was built, and is not run on this processor")
     assert digests_of(python, 0, variant) == _digests.committed()
+
+
+@needs_openmp
+@pytest.mark.parametrize("limit", ["1", "2", "5"])
+def test_same_bits_with_fewer_threads_than_were_asked_for(python, limit):
+    variant = _dispatch.SUPPORTED[-1]
+    assert digests_of(python, 0, variant, OMP_THREAD_LIMIT=limit) == _digests.committed()
 
 
 def test_same_bits_for_every_variant_and_number_of_threads(rng, python):
