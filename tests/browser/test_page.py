@@ -714,8 +714,11 @@ def test_formulas_are_typeset(page, rng):
     assert "ε" in root
     assert "∑" in page.run("return mathML('mu = sum(x)/n')")
     assert "<msup>" in page.run("return mathML('-divar/sqrtvar**2')")
-    size = page.find('.formula[data-math="var = sum(sq)/n"] math').size
-    assert size["height"] > 25  # a fraction, laid out
+    line, fraction = (
+        page.find(f'.formula[data-math="{formula}"] math').size["height"]
+        for formula in ("xmu = x - mu", "var = sum(sq)/n")
+    )
+    assert fraction > 1.5 * line > 0  # laid out
 
 
 def test_three_bars_add_up(page, rng):
