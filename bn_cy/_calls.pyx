@@ -459,7 +459,7 @@ cdef double checked_count(count, bint empty) except -1:
     return value
 
 
-cdef int check_unchanged(Cache cache) except -1:
+cpdef int check_unchanged(Cache cache) except -1:
     """Refuse a backward whose x is no longer that of the forward."""
     if cache.batch.fingerprint() != cache.fingerprint:
         raise RuntimeError(

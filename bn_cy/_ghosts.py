@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bn_cy import functional
+from bn_cy._calls import check_unchanged
 from bn_cy._checks import check_like, checked_target, unlike
 from bn_cy._layout import as_batch, as_index, as_plain, axis_of, new_result
 from bn_cy._moments import Moments
@@ -127,6 +128,8 @@ def backward(dout, cache, *, out=None):
     if dout.shape != x.shape:
         raise unlike("dout", dout, x)
     target = checked_target(out, x, dout=dout)
+    for group in cache.groups:  # before any of them writes over its dout
+        check_unchanged(group)
     if target is None:
         target = new_result(x, cache.axis)
     dresidual = [new_result(x, cache.axis)] if cache.residual else []

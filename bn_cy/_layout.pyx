@@ -33,12 +33,21 @@ cdef object new_array = np.empty
 cdef object FLOAT32 = np.dtype(np.float32)
 cdef object FLOAT64 = np.dtype(np.float64)
 
+
+def irregular(number):
+    """The next one after a number: that of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    mixed = number * 0x9E3779B97F4A7C15 % 2**64
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+    return mixed ^ mixed >> 31
+
+
 # Where the witnesses lie, in parts of the whole, by the golden ratio, so that they are not all of
 # one feature; and what they weigh in a fingerprint: odd numbers of 64 bits, as irregular.
 cdef double[WITNESSES] PLACES
 cdef unsigned long long[WITNESSES] WEIGHTS
 PLACES[:] = [k * (5**0.5 - 1) / 2 % 1 for k in range(WITNESSES - 1)] + [1]
-WEIGHTS[:] = [(k + 1) * 0x9E3779B97F4A7C15 % 2**64 | 1 for k in range(WITNESSES)]
+WEIGHTS[:] = [irregular(k + 1) | 1 for k in range(WITNESSES)]
 
 
 ctypedef fused bits:  # of a float, of a double
@@ -46,17 +55,23 @@ ctypedef fused bits:  # of a float, of a double
     unsigned long long
 
 
+cdef inline unsigned long long spread_sign(unsigned long long value) noexcept:
+    """Different for different values; a float's is its own."""
+    return value ^ value >> 32
+
+
 cdef unsigned long long fingerprint_of(const bits *values, Py_ssize_t size) noexcept:
-    """A sum that no change of one value leaves as it is: the weights are odd."""
+    """A sum that no change of one value leaves as it is: the weights are odd. Signs of doubles go
+    to lower bits, too: an even number of the highest ones adds up to nothing."""
     cdef unsigned long long mark = 0
     cdef double last = size - 1
     cdef int k
     if size <= WITNESSES:
         for k in range(<int>size):
-            mark += values[k] * WEIGHTS[k]
+            mark += spread_sign(values[k]) * WEIGHTS[k]
     else:
         for k in range(WITNESSES):
-            mark += values[<Py_ssize_t>(PLACES[k] * last)] * WEIGHTS[k]
+            mark += spread_sign(values[<Py_ssize_t>(PLACES[k] * last)]) * WEIGHTS[k]
     return mark
 
 

@@ -140,7 +140,9 @@ class MicroBatch:
         self._caches, self._cached_mode = caches, layer.training
         return ys
 
-    __call__ = forward
+    def __call__(self, parts, **options):
+        """Normalize the parts: `forward`, also that of a subclass."""
+        return self.forward(parts, **options)
 
     def backward(self, douts, *, out=None):
         """Gradients of the last forward; those of the parameters go to the layer's `grads`.

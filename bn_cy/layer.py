@@ -269,7 +269,9 @@ class BatchNorm(Stateful):
         self._cache, self._cached_mode = cache, self.training
         return y
 
-    __call__ = forward
+    def __call__(self, x, **options):
+        """Normalize a batch: `forward`, also that of a subclass."""
+        return self.forward(x, **options)
 
     def _normalize(self, x, out, residual, update):
         """Return what follows from all of a batch, and its cache."""

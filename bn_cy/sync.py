@@ -145,8 +145,6 @@ class SyncBatchNorm(BatchNorm):
         self._cache, self._cached_mode = cache, True
         return y if out is None else out
 
-    __call__ = forward
-
     def _gradients(self, dout, cache, out):
         if not isinstance(cache, PartCache):
             return super()._gradients(dout, cache, out)

@@ -1176,7 +1176,12 @@ def the_last_value(x):
     x.flat[-1] = 0
 
 
+def every_sign(x):
+    x *= -1
+
+
 CHANGES = [
+    every_sign,
     every_value_of,
     clipped,
     the_last_bits,

@@ -130,6 +130,16 @@ def test_call_is_forward(rng, shape):
     np.testing.assert_array_equal(BatchNorm(5)(x), BatchNorm(5).forward(x))
 
 
+def test_call_is_the_forward_of_a_subclass(rng):
+    class OfIntegers(BatchNorm):
+        def forward(self, x, **options):
+            return super().forward(np.asarray(x, np.float32), **options)
+
+    x, layer = rng.integers(0, 9, (8, 5)), OfIntegers(5)
+    np.testing.assert_array_equal(layer(x, update=False), layer.forward(x))
+    assert layer.num_batches_tracked == 1
+
+
 def test_the_layer_is_the_functions(rng):
     x, dout = batch(rng)
     layer = randomize(rng, BatchNorm(5, eps=1e-3))

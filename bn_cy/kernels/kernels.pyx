@@ -28,8 +28,8 @@ include "cells.pxi"      # and of cells, in a tree
 include "writes.pxi"     # the second passes: y, dx
 include "moments.pxi"    # mean and variance; what y needs
 include "gradients.pxi"  # dgamma and dbeta; what dx needs
-include "schedule.pxi"   # a call: how its passes are made, blocks of features
-include "threads.pxi"    # and the rows of all features, shared by threads
+include "schedule.pxi"   # a call: its plan, its blocks, the running statistics
+include "threads.pxi"    # the steps of a call whose threads share rows
 
 # -------------------------------------------------------------------------------------------------
 # Forward: moments, then y
@@ -43,7 +43,7 @@ cdef int forward(
     """y = gamma*(x - mean)*invstd + beta; a residual is added, and a ReLU follows, if the call has
     them."""
     cdef Py_ssize_t i
-    if c.by_cells:
+    if c.by_cells:  # a region even for one thread: its waits must not bind to a caller's region
         with parallel(num_threads=c.threads):
             forward_by_cells(y, statistics, x, residual, gamma, beta, eps, partials, c, member())
     elif c.threads == 1:  # no parallel region: one of a single thread would do, but it costs
@@ -68,7 +68,7 @@ cdef void forward_by_cells(
     const floating[::1] gamma, const floating[::1] beta, double eps,
     double[:, :, ::1] partials, const Call *c, Member m,
 ) noexcept nogil:
-    """What one thread does of it. No prange: it would wait at its beginning, too."""
+    """One thread's share of the steps. No prange: all would wait at its beginning, too."""
     if c.measure:
         sample_slices_of(m, statistics, x, c)
         wait_for_all()

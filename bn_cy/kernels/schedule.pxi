@@ -1,15 +1,16 @@
 # A call: its two passes, and how threads share them.
 #
 # Either each thread takes blocks of features and makes both passes over a block while its cache
-# holds it; or, where there are few features or blocks outgrow the cache, each takes cells, which
-# are stretches of rows, and the passes follow each other (threads.pxi). The bits are the same.
+# holds it; or each takes cells, which are stretches of rows, and the passes follow each other
+# (threads.pxi): of columns wherever there are cells enough, of runs where features divide badly,
+# and for a single thread only past the cache. The bits are the same.
 #
 # Derivation: none; what each step computes is said in the rooms that it calls.
 # Tests: tests/test_same_bits.py, with 1 to 16 threads; tests/test_threads.py.
 # Bytes moved: those of the passes.
 #
-# From this room on a direction is a fact at run time. A forward has x, or a residual, in the place
-# of dout.
+# Here, in threads.pxi and in kernels.pyx a direction is known only at run time. A forward has x, or
+# a residual, in the place of dout, and statistics, which it does not read there, in that of sums.
 
 from bn_cy.kernels cimport MEAN, VAR, Resources, Running, Shape
 
@@ -23,7 +24,7 @@ cdef struct Call:
     bint measure, write      # which of the passes are to be made
     int summed, written      # what they make: a Direction, a Written
     const Running *running   # forward: to be updated, or NULL
-    int *unwelcome           # and whether it is not, as a variance is not finite
+    int *unwelcome           # set if a variance is not finite: then nothing is updated
     int writing              # DIRECT, STREAMING or IN_PLACE
     int threads
     Py_ssize_t cache
@@ -183,14 +184,15 @@ cdef void write_block(
 # The running statistics
 
 cdef inline void judge_batch(double[:, ::1] s, const Call *c) noexcept nogil:
-    """Whether it is to count in the running statistics: a NaN of any kind makes a variance NaN."""
+    """Raise the flag if the batch must not count in the running statistics: a variance of it is not
+    finite. A NaN of any kind makes one NaN."""
     if c.running != NULL and not c.running.nonfinite and not are_finite(
             row_of(&s[VAR, 0], s.shape[1])):
         raise_flag(c.unwelcome)
 
 
 cdef void update_running(double[:, ::1] statistics, const Call *c, const Block *b) noexcept nogil:
-    """Of a block, once all threads have judged: all features or none."""
+    """Of a block or slice, once all threads have judged: all features or none."""
     cdef double[:, ::1] s = of_features(statistics, b)
     if c.unwelcome[0]:
         return

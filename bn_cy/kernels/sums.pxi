@@ -3,10 +3,11 @@
 # Derivation, twins, tests and bytes moved: those of terms.pxi, which has what is added up. Behind
 # the signs of a ReLU, one bit a value more is read.
 #
-# Past the cache, what signs let through of a group's dout lies in scratch.
+# What signs let through of a group's dout lies in scratch, unless the sums put it into the gradient
+# of the residual.
 
 cdef enum:
-    # Bytes of a row that go through signs at a time: a group is 8 KB, a sixth of L1.
+    # Bytes of a row that go through signs at a time: a group is 8 KB, a quarter of a small L1.
     PORTION = 1024
 
 

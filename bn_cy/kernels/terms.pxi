@@ -15,8 +15,9 @@
 # A direction is an argument for its type alone: Cython makes a C function of each, and no
 # instruction asks which it is. What it is stands in `upstream_rows`, `term` and `product` here and
 # in `value` of writes.pxi; a new one is a member of Direction, and every `if Direction is` must
-# know it. Which one a call is, is asked in `sum_cell_of` and in `write_cell_of`. In the forward
-# dout is x; it and the scale may be loaded, and have no say.
+# know it. Which one a call is, is chosen in kernels.pyx, and asked at run time in `sum_cell_of`,
+# `spread_centres`, schedule.pxi and threads.pxi. In the forward dout is x; it and the scale may be
+# loaded, and have no say.
 #
 # Groups of eight rows are added up in the data's type (in double, where a term might not survive
 # that: `real`), four and four of them, and go to sums in double.

@@ -1,5 +1,5 @@
-# Threads that share the rows of all features: what each does of the steps of a call, between which
-# all wait for all. (`*_of` a member is its share of a step.)
+# Threads that share the rows of all features: what each does of the steps of a call, with a barrier
+# between them. (`*_of` a member is its share of a step.)
 #
 # Derivation: none; what each step computes is said in the rooms that it calls.
 # Tests: tests/test_same_bits.py, with 1 to 16 threads; tests/test_threads.py.
@@ -26,11 +26,12 @@ cdef extern from *:
     """
     int thread_number "bn_thread_number"() noexcept nogil
     int team_size "bn_team_size"() noexcept nogil
-    # All threads of a parallel region arrive before one goes on: a prange in one ends without.
+    # All threads of our region arrive before any goes on; each must call it equally often.
+    # (A prange in a region has no barrier at its end.)
     void wait_for_all "bn_wait_for_all"() noexcept nogil
 
 
-cdef struct Member:  # a thread of those that make a call, which may be fewer than were asked for
+cdef struct Member:  # one thread of the team, which may be smaller than was asked for
     Py_ssize_t number, team
 
 
@@ -42,7 +43,7 @@ cdef inline Member member() noexcept nogil:
 
 
 cdef inline Py_ssize_t first_of(Member m, Py_ssize_t count) noexcept nogil:
-    """Where a thread's share of so many begins: that of the next thread is where it ends."""
+    """Where a thread's share of so many begins: it ends where the next thread's begins."""
     return count * m.number // m.team
 
 
@@ -62,11 +63,12 @@ cdef void sample_slices_of(
         sample_shift(of_features(statistics, &b), x, &c.sums, &b)
 
 
-cdef inline void sum_block_in_cell(
+cdef void sum_block_in_cell(
     double[:, :, ::1] partials, Py_ssize_t level, double[:, ::1] statistics,
     const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
     const Call *c, Py_ssize_t cell, Py_ssize_t i,
 ) noexcept nogil:
+    """Not inline: `sum_branch` calls itself, and this scratch would be in each of its frames."""
     cdef floating scratch[GATED_CENTRES * SCRATCH]
     cdef double storage[CENTRES * WIDTH]
     cdef Block b = block_of(&c.sums, c, i)
@@ -88,7 +90,7 @@ cdef void sum_branch(
     const floating[:, :, ::1] x, const floating[:, :, ::1] dout,
     const Call *c, Py_ssize_t cell, Py_ssize_t cells,
 ) noexcept nogil:
-    """As `partial_sums`, all blocks of a cell before the next: memory is read in whole rows."""
+    """Like `partial_sums`, but all blocks of a cell before the next, to read whole rows."""
     cdef Py_ssize_t i, half = cells // 2
     cdef Block whole
     if cells == 1:
@@ -110,7 +112,7 @@ cdef void sum_branches_of(
         sum_branch(partials, i * c.levels, statistics, x, dout, c, i * cells, cells)
 
 
-# The sums of branches to those of all, a slice of the features at a time
+# From the sums of branches to those of all rows, a slice of the features at a time
 
 cdef void merge_branches(
     double[:, ::1] total, double[:, :, ::1] partials, const Call *c, const Block *b,
@@ -137,7 +139,7 @@ cdef void finish_forward_slice(
     cdef double[:, ::1] s = of_features(statistics, &b)
     if c.measure:
         merge_branches(sums, partials, c, &b)
-        finish_moments(s, sums, x, &c.sums, &b, partials)  # which are free again
+        finish_moments(s, sums, x, &c.sums, &b, partials)  # whose columns of this slice are free
         judge_batch(s, c)
     find_invstd(s, gamma, beta, eps, &b)
 
@@ -152,23 +154,24 @@ cdef void finish_forward_slices_of(
         finish_forward_slice(statistics, x, gamma, beta, eps, partials, c, i)
 
 
-cdef void update_blocks_of(
-    Member m, double[:, ::1] statistics, const Call *c,
-) noexcept nogil:
-    """The running statistics where threads have shared blocks; else see the next one."""
-    cdef Py_ssize_t i
-    for i in range(first_of(m, c.blocks), stop_of(m, c.blocks)):
-        update_block(statistics, c, i)
-
-
 cdef void update_slices_of(
     Member m, double[:, ::1] statistics, const Call *c,
 ) noexcept nogil:
+    """A share of the running statistics."""
     cdef Py_ssize_t i
     cdef Block b
     for i in range(first_of(m, c.slices), stop_of(m, c.slices)):
         b = slice_of(c, i)
         update_running(statistics, c, &b)
+
+
+cdef void update_blocks_of(
+    Member m, double[:, ::1] statistics, const Call *c,
+) noexcept nogil:
+    """The same where threads have taken blocks."""
+    cdef Py_ssize_t i
+    for i in range(first_of(m, c.blocks), stop_of(m, c.blocks)):
+        update_block(statistics, c, i)
 
 
 cdef void finish_backward_slice(

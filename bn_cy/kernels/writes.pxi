@@ -4,7 +4,7 @@
 #             a ReLU of it, a residual added to it, or both
 #   backward  dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n), xhat = (x - mean)*invstd
 #             the same of dout where y > 0, else of 0: through a ReLU
-#             with a residual, whose gradient is dout or that, it is written, too
+#             with a residual, its gradient, dout or what the ReLU lets through, is written, too
 #
 # Derivation: the last line of the forward, and the closed form of the backward.
 # Twins: `reference.forward`, `reference.backward_closed_form`.
@@ -134,8 +134,9 @@ cdef inline void write_burst(
     const floating[:, ::1] columns, bint run, int writing, Py_ssize_t ahead, Py_ssize_t beside,
     const Signs *signs, Py_ssize_t offset, Written way,
 ) noexcept nogil:
-    """A burst of values, by a line of scratch. x is fetched, and dout only where it is a residual
-    or goes through a ReLU: elsewhere more fetches would take the line buffers of the stores."""
+    """A burst of values, by a line of scratch. x is fetched, and dout only where it is a residual,
+    or goes through a ReLU or into the gradient of a residual: elsewhere more fetches would take the
+    line buffers of the stores."""
     cdef floating storage[BURST + 2 * LINE]
     cdef floating second_storage[BURST + 2 * LINE]
     cdef floating *line = <floating *>aligned(storage)
