@@ -35,7 +35,7 @@ cdef object FLOAT64 = np.dtype(np.float64)
 
 
 def irregular(number):
-    """The next one after a number: that of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """A number of 64 bits that looks random: SplitMix64 (Steele, Lea and Flood, 2014)."""
     mixed = number * 0x9E3779B97F4A7C15 % 2**64
     mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
@@ -43,7 +43,7 @@ def irregular(number):
 
 
 # Where the witnesses lie, in parts of the whole, by the golden ratio, so that they are not all of
-# one feature; and what they weigh in a fingerprint: odd numbers of 64 bits, as irregular.
+# one feature; and what they weigh in a fingerprint: odd numbers that look random.
 cdef double[WITNESSES] PLACES
 cdef unsigned long long[WITNESSES] WEIGHTS
 PLACES[:] = [k * (5**0.5 - 1) / 2 % 1 for k in range(WITNESSES - 1)] + [1]
@@ -56,7 +56,7 @@ ctypedef fused bits:  # of a float, of a double
 
 
 cdef inline unsigned long long spread_sign(unsigned long long value) noexcept:
-    """Different for different values; a float's is its own."""
+    """A value with its upper half mixed into the lower one; no two values become the same."""
     return value ^ value >> 32
 
 

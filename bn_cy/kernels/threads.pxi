@@ -139,7 +139,8 @@ cdef void finish_forward_slice(
     cdef double[:, ::1] s = of_features(statistics, &b)
     if c.measure:
         merge_branches(sums, partials, c, &b)
-        finish_moments(s, sums, x, &c.sums, &b, partials)  # whose columns of this slice are free
+        # A rescue sums in `partials`: what these had of this slice has been merged.
+        finish_moments(s, sums, x, &c.sums, &b, partials)
         judge_batch(s, c)
     find_invstd(s, gamma, beta, eps, &b)
 

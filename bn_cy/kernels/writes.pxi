@@ -4,7 +4,7 @@
 #             a ReLU of it, a residual added to it, or both
 #   backward  dx = gamma*invstd*(dout - dbeta/n - xhat*dgamma/n), xhat = (x - mean)*invstd
 #             the same of dout where y > 0, else of 0: through a ReLU
-#             with a residual, its gradient, dout or what the ReLU lets through, is written, too
+#             and, with a residual, its gradient: dout, or what the ReLU lets through of it
 #
 # Derivation: the last line of the forward, and the closed form of the backward.
 # Twins: `reference.forward`, `reference.backward_closed_form`.
