@@ -291,13 +291,19 @@ FEW_VALUES_IN = [((rows, 12), 1) for rows in (100, 1000, 10_000, 100_000)] + [
 ]
 
 
-def dgamma_error(dgamma, dout, x, axis, eps=1e-5):
-    """Relative, of all features; where a sum is smaller than its terms, to these."""
-    x, dout = (np.moveaxis(a, axis, -1).reshape(-1, a.shape[axis]) for a in (x, dout))
+def dgamma_of(dout, x, axis=1, eps=1e-5):
+    """Return dgamma in 80 bits, and for every feature what its error is relative to: where a sum
+    is smaller than its terms, these."""
+    x, dout = (rows_of(a, axis) for a in (x, dout))
     truth = Truth(x)
     terms = truth.centred(x.astype(np.longdouble)) * truth.invstd(eps) * dout
     exact = terms.sum(axis=0)
-    return norm(dgamma - exact) / norm(np.maximum(abs(exact), np.sqrt((terms**2).sum(axis=0))))
+    return exact, np.maximum(abs(exact), np.sqrt((terms**2).sum(axis=0)))
+
+
+def dgamma_error(dgamma, dout, x, axis):
+    exact, scale = dgamma_of(dout, x, axis)
+    return norm(dgamma - exact) / norm(scale)
 
 
 def check_dgamma_of_few(kind, x, dout, axis):
@@ -395,6 +401,24 @@ def test_few_distinct_values_and_a_gradient_of_one_near_the_mean(rng, kind):
     found = moments(x)
     _, dgamma = gradient_sums(dout, x, found.mean, found.var)
     assert dgamma_error(dgamma, dout, x, 1) <= SUMS
+
+
+@pytest.mark.parametrize("rows", [300, 1240, 1900, 30_000])
+@pytest.mark.parametrize("kind", ["one value", "all but an outlier"])
+def test_a_gradient_of_values_near_the_mean(rng, kind, rows):
+    """All xhat that count are small, and what the mean is off by is not small against them."""
+    x = rng.standard_normal((rows, 50)).astype(np.float32)
+    if kind == "one value":
+        dout = np.zeros_like(x)
+        dout[abs(x - x.mean(axis=0, dtype=np.float64)).argmin(axis=0), range(50)] = 1
+    else:
+        dout = 1 + rng.standard_normal(x.shape).astype(np.float32)
+        places = rng.choice([0, rows // SAMPLED, rows - 1], 50), range(50)
+        x[places], dout[places] = rng.choice([-1e4, 1e6], 50), 0
+    found = moments(x)
+    dbeta, dgamma = gradient_sums(dout, x, found.mean, found.var)
+    exact, scale = dgamma_of(dout, x)
+    assert np.all(abs(dgamma - exact) <= SUMS * scale + MEAN * abs(dbeta))
 
 
 @pytest.mark.parametrize("overflows", ["dbeta", "dgamma"])

@@ -19,6 +19,9 @@ SMALLEST = wide(np.finfo(float).smallest_subnormal)
 # Roundings of a value that makes most of a variance, which nothing averages: of x - shift, which
 # counts twice in the square, of that, and of three sums in its group.
 LONE = 6
+# Of dout, the share that its products with xhat are where it is 0 but near the mean: see the
+# contract's words on dgamma.
+NEAR = 0.1
 
 
 class Contract:
@@ -163,9 +166,12 @@ class Truth:
         rounding = c.unit * moved + left[:, 0] * np.abs(dbeta.value)
         below = SMALLEST * self.invstd[:, 0] * (2 + size) + c.least * size  # of mean; of (x - c)*p
         slack = slack + self._small(size > 0, below)
+        terms = dout * self.xhat
+        near = norms(terms) < NEAR * norms(dout)  # the error of the mean then shows
+        slack = slack + np.where(near, self.shift_error[:, 0] * np.abs(dbeta.value), 0)
         if self.measured:  # of a constant dgamma is exactly 0
             rounding, slack = (np.where(self.var == 0, 0, a) for a in (rounding, slack))
-        dgamma = self._sum(dout * self.xhat, rounding, slack, promised)
+        dgamma = self._sum(terms, rounding, slack, promised)
         dgamma.infinities = False  # it is a difference of sums
         return dbeta, dgamma
 
@@ -173,7 +179,7 @@ class Truth:
         """A term, and the sums of eight of them, are rounded four times."""
         c = self.limits
         value = terms.sum(axis=1)
-        root = np.sqrt((terms**2).sum(axis=1))
+        root = norms(terms)
         bound = c.sums * np.maximum(root, np.abs(value)) + 4 * rounding
         return Expected(value, bound, c.sums, root, slack, promised, terms=number_of(terms))
 
@@ -206,6 +212,11 @@ class Truth:
         promised = self.in_range(gamma, self.xhat, dout, product, kept, value)
         contract = c.dx if sums is None else np.inf  # it is on dx of sums over this batch
         return Expected(value, slope * inner, contract, slope * parts, slack, promised, False)
+
+
+def norms(rows):
+    """The root of the summed squares of every row."""
+    return np.sqrt(np.square(rows).sum(axis=1))
 
 
 def number_of(terms):
