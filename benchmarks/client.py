@@ -41,6 +41,7 @@ class Worker:
         unwanted = (*THREAD_VARIABLES, *WAIT_VARIABLES)
         environment = {k: v for k, v in os.environ.items() if k not in unwanted}
         environment.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+        self._process = None
         try:
             with interrupts_held():  # until there is a process to end
                 self._process = subprocess.Popen(
@@ -51,8 +52,9 @@ class Worker:
                     env=environment,
                 )
             self._answer()
-        except BaseException:  # Ctrl-C, too
-            self.close()
+        except BaseException:  # Ctrl-C, too, which may come before there is a process
+            if self._process is not None:
+                self.close()
             raise
 
     def bind(self, case, folder):
