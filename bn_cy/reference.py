@@ -116,10 +116,12 @@ def _check_like(name: str, value: Array, x: Array) -> None:
         raise ValueError(f"{name} must have the shape {x.shape} of x, got {value.shape}")
 
 
-def _check_rows(x: Array, axis: int, **rows: Array | None) -> None:
+def _check_rows(x: Array, axis: int, **rows: Any) -> None:
     """Refuse parameters and statistics that are neither one value per feature nor a number."""
     for name, row in rows.items():
-        if row is not None and np.shape(row) not in ((), (x.shape[axis],)):
+        if not isinstance(row, (np.ndarray, np.number, float, int)):
+            raise TypeError(f"{name} must be a NumPy array or a number, got {type(row).__name__}")
+        if np.shape(row) not in ((), (x.shape[axis],)):
             raise ValueError(
                 f"{name} must have shape ({x.shape[axis]},), one value per feature, "
                 f"got {np.shape(row)}"
@@ -269,7 +271,9 @@ def normalize(
     [[-1.0], [0.0], [1.0]]
     """
     _check_batch(x)
-    _check_rows(x, axis, mean=mean, var=var, gamma=gamma, beta=beta)
+    affine = {"gamma": gamma, "beta": beta}
+    given = {name: row for name, row in affine.items() if row is not None}
+    _check_rows(x, axis, mean=mean, var=var, **given)
     xhat = (x - _wide(mean, x, axis)) / _wide(np.sqrt(var + eps), x, axis)
     scaled = xhat if gamma is None else _wide(gamma, x, axis) * xhat
     return scaled if beta is None else scaled + _wide(beta, x, axis)

@@ -619,6 +619,16 @@ def test_other_lists_and_shapes_are_named():
     x, gamma = np.ones((4, 3)), np.ones(3)
     with pytest.raises(TypeError, match="dout must be a NumPy array, got list"):
         reference.backward_closed_form(x.tolist(), x, gamma)
+    for row, kind in (([1.0, 1.0, 1.0], "list"), (None, "NoneType")):
+        message = f"must be a NumPy array or a number, got {kind}"
+        with pytest.raises(TypeError, match=f"gamma {message}"):
+            reference.backward_closed_form(x, x, row)
+        with pytest.raises(TypeError, match=f"gamma {message}"):
+            reference.staged_forward(x, row, gamma)
+        with pytest.raises(TypeError, match=f"var {message}"):
+            reference.normalize(x, gamma, row)
+        with pytest.raises(TypeError, match=f"running_mean {message}"):
+            reference.running_update(row, gamma, x)
     with pytest.raises(TypeError, match="x must be a NumPy array, got list"):
         reference.jacobian([1.0, 2.0], 1.0)
     with pytest.raises(ValueError, match=r"shape \(n,\), got shape \(4, 3\)"):
