@@ -376,7 +376,7 @@ def test_the_page_of_the_docs_is_what_the_command_writes(tmp_path):
     assert (tmp_path / "graph.html").read_text("utf-8") == page
 
 
-@pytest.mark.parametrize("head", ["", "height,weight\n"])
+@pytest.mark.parametrize("head", ["", "height,weight\n", '"height, cm",""\n'])
 def test_command_reads_a_file(tmp_path, capsys, head):
     file = tmp_path / "batch.csv"
     file.write_text(head + "1.5,2\n\n-3,4e-1\n0.25,6\n", encoding="utf-8")
@@ -394,7 +394,10 @@ def test_command_reads_a_file(tmp_path, capsys, head):
     ("arguments", "message"),
     [
         (["--csv", "missing.csv"], "missing.csv"),
-        (["--csv", "words.csv"], "could not convert string"),
+        (["--csv", "words.csv"], "words.csv, line 3: 'two' is no number"),
+        (["--csv", "hole.csv"], "hole.csv, line 1: '' is no number"),
+        (["--csv", "ragged.csv"], "ragged.csv, line 2: expected 3 numbers, got 2"),
+        (["--csv", "names.csv"], "names.csv holds no numbers"),
         (["--csv", "holes.csv"], "x must be finite, got nan"),
         (["--rows", "0"], "--rows and --features must be at least 1"),
         (["--rows", "65"], "64 examples of 16 features, got 65 of 3"),
@@ -403,7 +406,10 @@ def test_command_reads_a_file(tmp_path, capsys, head):
 )
 def test_command_says_in_a_line_what_is_wrong(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    Path("words.csv").write_text("a,b\n1,two\n", encoding="utf-8")
+    Path("words.csv").write_text("a,b\n\n1,two\n", encoding="utf-8")
+    Path("hole.csv").write_text("1,,3\n4,5,6\n7,8,9\n", encoding="utf-8")
+    Path("ragged.csv").write_text("1,2,3\n4,5\n6,7\n", encoding="utf-8")
+    Path("names.csv").write_text("a,b\n", encoding="utf-8")
     Path("holes.csv").write_text("1,2\nnan,4\n", encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

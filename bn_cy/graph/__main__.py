@@ -1,6 +1,7 @@
 """Trace a batch from the shell and write its page: ``python -m bn_cy.graph``."""
 
 import argparse
+import csv
 import secrets
 import sys
 from pathlib import Path
@@ -52,13 +53,35 @@ def batch_of(options: argparse.Namespace, rng: np.random.Generator) -> Trace:
 
 def read_csv(path: Path) -> NDArray[np.float64]:
     """Read numbers separated by commas; a first line that holds none names the columns."""
-    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not lines:
+    rows: list[list[float]] = []
+    names = None
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        for cells in reader:
+            if not "".join(cells).strip() and len(cells) < 2:
+                continue  # an empty line
+            wrong = [cell for cell in cells if not is_number(cell)]
+            if names is None and not rows and len(wrong) == len(cells):
+                names = cells
+                continue
+            where = f"{path}, line {reader.line_num}"
+            if wrong:
+                raise ValueError(f"{where}: {wrong[0]!r} is no number")
+            if rows and len(cells) != len(rows[0]):
+                raise ValueError(f"{where}: expected {len(rows[0])} numbers, got {len(cells)}")
+            rows.append([float(cell) for cell in cells])
+    if not rows:
         raise ValueError(f"{path} holds no numbers")
+    return np.array(rows)
+
+
+def is_number(text: str) -> bool:
+    """Tell whether a text is a number."""
     try:
-        return np.loadtxt(lines, delimiter=",", ndmin=2)
+        float(text)
     except ValueError:
-        return np.loadtxt(lines[1:], delimiter=",", ndmin=2)
+        return False
+    return True
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, error in result.check().items():
             print(f"    {name:<9}{error:.1e}")
         result.to_html(options.out)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         sys.exit(f"python -m bn_cy.graph: {error}")
     print(f"\n{options.out}: open it in a browser")
 
