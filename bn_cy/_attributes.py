@@ -1,11 +1,16 @@
 """The attributes of a layer: properties that check, and arrays that keep their place."""
 
 import operator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bn_cy import _calls
-from bn_cy._layout import as_index, as_number, as_real, copy_all
+from bn_cy._arguments import as_index, as_real
+from bn_cy._layout import as_number, copy_all
+
+Array = NDArray[Any]
 
 POLICIES = ("raise", "skip", "update")  # for a batch with NaN or infinity
 NAMED = 5  # features that an error names
@@ -20,8 +25,12 @@ class Arrays(dict):
     def __setitem__(self, name, value):
         """Copy a value into the array of this name."""
         current = self[name]
-        if value is not current:  # as it is after `arrays[name] -= ...`
-            current[...] = fitted(name, value, current)
+        if value is current:  # as it is after `arrays[name] -= ...`
+            return
+        array = fitted(name, value, current)
+        if not current.flags.writeable:
+            raise ValueError(f"{name} cannot be assigned: the layer's array is read-only")
+        current[...] = array
 
     def update(self, *values, **more):
         """Assign several: all or none."""
@@ -75,15 +84,19 @@ def fixed(name, doc, instead):
     return property(operator.attrgetter(f"_{name}"), refuse, doc=doc)
 
 
-def fitted(name, value, current):
-    """Return a value as an array that can take the place of the layer's own."""
-    array = np.require(as_real(name, value), current.dtype, ["C", "W", "A"])
+def fitted(name: str, value: Any, current: Array, called: str | None = None) -> Array:
+    """Return a value as an array that can take the place of the layer's own of this name.
+
+    Errors name it as it is called elsewhere, if that is given.
+    """
+    called = called or name
+    array = np.require(as_real(called, value), current.dtype, ["C", "W", "A"])
     if array.shape != current.shape:
-        raise ValueError(f"{name} must have shape {current.shape}, got {array.shape}")
+        raise ValueError(f"{called} must have shape {current.shape}, got {array.shape}")
     if name.startswith("running_"):
-        check_finite(name, array)
+        check_finite(called, array)
     if name == "running_var":
-        _calls.check_variance(name, array)
+        _calls.check_variance(called, array)
     return array
 
 
@@ -113,22 +126,25 @@ def checked_axis(axis):
 
 def checked_policy(policy):
     """Return what to do with a batch that is not finite."""
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(f"on_nonfinite must be one of {', '.join(POLICIES)}, got {policy!r}")
     return policy
 
 
 def checked_momentum(momentum):
     """Return a momentum from 0 to 1, or None."""
-    if momentum is None:
-        return None
-    value = as_number("momentum", momentum)
-    if not 0 <= value <= 1:
-        raise ValueError(f"momentum must be from 0 to 1, got {momentum!r}")
-    return value
+    return None if momentum is None else checked_weight("momentum", momentum)
 
 
-def checked_tracked(value):
+def checked_weight(name: str, value: Any) -> float:
+    """Return a weight, from 0 to 1."""
+    weight = as_number(name, value)
+    if not 0 <= weight <= 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
+    return weight
+
+
+def checked_tracked(value: Any) -> int:
     """Return num_batches_tracked as an int."""
     array = as_real("num_batches_tracked", value)
     if array.size != 1 or not 0 <= array.item() < 2**63 or array.item() % 1 != 0:

@@ -15,7 +15,7 @@ from libc.stdint cimport INT64_MAX, int64_t
 from libc.string cimport memcpy, memset
 
 from bn_cy._buffers import POOL
-from bn_cy._layout import as_output
+from bn_cy._arguments import as_output
 
 from bn_cy._buffers cimport new_block
 from bn_cy._resources cimport is_short, resources_for
@@ -128,8 +128,8 @@ cdef Cache measured_cache(x, axis):
     if batch.count == 1 and batch.size:
         raise ValueError(
             f"x must have two values per feature or more to have a variance, got one: "
-            f"shape {batch.array.shape}, axis {axis} (with given statistics, as in eval mode, one "
-            f"is enough)"
+            f"shape {batch.array.shape}, axis {axis} (by statistics that are given, as a layer's "
+            f"running ones are in eval mode, one can be normalized)"
         )
     cache.values = batch.count
     return cache
@@ -271,7 +271,7 @@ cdef run_forward(
     cdef Py_buffer *target
     cdef Memory memory
     memory.held = 0
-    array = None if out is None else as_output(out)
+    array = out if out is None or type(out) is ndarray else as_output(out)
     try:
         scale = batch.parameter(&memory, "gamma", gamma)
         shift = batch.parameter(&memory, "beta", beta)
@@ -330,7 +330,7 @@ cdef run_backward(
     cdef Py_buffer *target
     cdef Memory memory
     memory.held = 0
-    array = None if out is None else as_output(out)
+    array = out if out is None or type(out) is ndarray else as_output(out)
     try:
         upstream = batch.like_x(&memory, "dout", dout, True).buf
         to_dgamma = NULL if dgamma is None else hold(&memory, "dgamma", dgamma).buf

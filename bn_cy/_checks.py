@@ -4,9 +4,31 @@ The kernels' own calls have these checks in C (`_calls`). Here they are for what
 calls, of which none may write before all of it is known to fit: parts, ranks, groups, masks.
 """
 
+from contextlib import contextmanager
+
 import numpy as np
 
-from bn_cy._layout import as_float_dtype, as_output, as_plain, axis_of
+from bn_cy._arguments import as_float_dtype, as_output, as_plain
+from bn_cy._layout import axis_of
+
+
+@contextmanager
+def naming(what):
+    """Say in an error which of several arrays it is about."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = next(k for k in (TypeError, ValueError, RuntimeError) if isinstance(error, k))
+        raise kind(f"{what}: {error}") from error
+
+
+def check_several(name, arrays):
+    """Refuse one array in the place of several: its rows would be taken for them."""
+    if getattr(arrays, "ndim", 3) < 3:
+        raise TypeError(
+            f"{name} must be several arrays, got one of shape {tuple(arrays.shape)}: pass it in a "
+            "list"
+        )
 
 
 def native(dtype):
@@ -81,6 +103,7 @@ def check_apart_from_layer(out, layer):
         target = as_output(out)
         refuse_shared(target, "gamma or beta", layer._params.values())
         refuse_shared(target, "the running statistics", layer._running.values())
+        refuse_shared(target, "grads", [a for a in layer._grads.values() if a is not None])
 
 
 def refuse_shared(out, what, arrays):

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from bn_cy import functional
+from bn_cy._arguments import as_index, as_plain
 from bn_cy._calls import check_unchanged
 from bn_cy._checks import check_like, checked_target, unlike
-from bn_cy._layout import as_batch, as_index, as_plain, axis_of, new_result
+from bn_cy._layout import as_batch, axis_of, new_result
 from bn_cy._moments import Moments
 from bn_cy._parts import count_batches, is_counted
 
@@ -55,6 +56,11 @@ class GhostCache:
     def shifted(self):
         """Whether there was a beta."""
         return self.groups[0].shifted
+
+    @property
+    def empty(self):
+        """Whether the batch has no values."""
+        return self.x.size == 0
 
 
 def checked_size(size):

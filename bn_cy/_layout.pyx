@@ -7,8 +7,6 @@ All of this is C behind Python: looking at five arrays through NumPy's attribute
 than the batch norm of a small batch. It needs the buffer protocol alone.
 """
 
-import operator
-
 import numpy as np
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
@@ -16,6 +14,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memmove
 
+from bn_cy._arguments import as_index, as_plain, as_real
 from bn_cy._buffers import relieved
 
 from bn_cy._buffers cimport Buffer
@@ -141,61 +140,6 @@ cdef native(name, array, dtype=None):
 
 cdef as_array(str name, values):
     return values if type(values) is ndarray else as_plain(name, values)
-
-
-cdef int refuse_mask(str name, values) except -1:
-    """Refuse an array that has a mask of its own, and say what to pass instead."""
-    if type(values) is ndarray or not isinstance(values, ndarray) or not hasattr(values, "mask"):
-        return 0
-    way = f"{name}.data"
-    if name != "out":  # the copy that `filled` makes is not what shall be written
-        way += f" or {name}.filled(value)"
-    if name == "x":
-        way += (
-            "; batchnorm_forward, moments and BatchNorm take mask=, a flag for each position, "
-            "without the features (True counts)"
-        )
-    raise TypeError(f"{name} must have no mask, got {type(values).__name__}: pass {way}")
-
-
-def as_plain(name, values):
-    """Return values as an array, of the same memory if they are a tensor or array of another
-    library; TypeError where that would lose a mask, or be no array at all."""
-    kind = type(values).__name__
-    refuse_mask(name, values)
-    try:
-        array = np.asarray(values)
-        if array.ndim == 0 and array.dtype.kind == "O" and hasattr(values, "__dlpack__"):
-            array = np.from_dlpack(values)
-    except (TypeError, RuntimeError, BufferError) as error:  # on a GPU, sparse, in need of a detach
-        raise TypeError(f"{name} must be an array in the processor's memory, got {kind}: {error}")
-    if array.ndim == 0 and array.dtype.kind == "O":
-        way = f": try {name}.toarray()" if hasattr(values, "toarray") else ""
-        raise TypeError(f"{name} must be an array, got {kind}{way}")
-    return array
-
-
-def as_output(out):
-    """Return an array of the memory of `out`, which is one itself or a tensor of another
-    library; TypeError if it is neither."""
-    if isinstance(out, ndarray):
-        refuse_mask("out", out)
-        return out
-    kind = type(out).__name__
-    if not hasattr(out, "__array__") and not hasattr(out, "__dlpack__"):
-        raise TypeError(f"out must be an array, got {kind}")
-    array = as_plain("out", out)
-    if array.size and not np.shares_memory(array, as_plain("out", out)):
-        raise TypeError(f"out must be an array whose memory can be written, got {kind}")
-    return array
-
-
-def as_real(name, values):
-    """Return an array of real numbers."""
-    array = as_plain(name, values)
-    if array.dtype.kind not in "fiu":
-        raise TypeError(f"{name} must be of real numbers, got {array.dtype}")
-    return array
 
 
 cdef int refuse_overlap(out, array, const Py_buffer *a, const Py_buffer *b, str message) except -1:
@@ -484,7 +428,7 @@ cpdef int axis_of(array, axis) except -1:
     cdef Py_ssize_t dimensions = array.ndim
     if dimensions < 2:
         raise ValueError(f"x must have two dimensions or more, got shape {array.shape}")
-    index = as_index("axis", axis)
+    index = axis if type(axis) is int else as_index("axis", axis)
     if not -dimensions <= index < dimensions:
         raise ValueError(
             f"axis must be from {-dimensions} to {dimensions - 1} for x of shape {array.shape}, "
@@ -498,14 +442,6 @@ cdef inline bint is_contiguous(const Py_buffer *view) noexcept:
     return dense and is_aligned(view)
 
 
-def as_index(name, value):
-    """Return an integer."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-
-
 cpdef double as_number(str name, value) except? -1:
     """Return a number as a double: infinite where a double does not reach."""
     try:
@@ -514,11 +450,3 @@ cpdef double as_number(str name, value) except? -1:
         return INFINITY if value > 0 else -INFINITY
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
-
-
-def as_float_dtype(name, dtype):
-    """Return float32 or float64 as a dtype."""
-    dtype = np.dtype(dtype)
-    if dtype not in (FLOAT32, FLOAT64):
-        raise TypeError(f"{name} must be float32 or float64, got {dtype}")
-    return dtype

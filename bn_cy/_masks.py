@@ -6,8 +6,9 @@ So the kernels know nothing of masks, and the result has the bits of a batch of 
 
 import numpy as np
 
+from bn_cy._arguments import as_plain
 from bn_cy._checks import check_like, native, writable
-from bn_cy._layout import as_plain, axis_of
+from bn_cy._layout import axis_of
 
 __all__ = ["Kept", "kept_of"]
 
@@ -44,6 +45,14 @@ class Kept:
         else:
             raise ValueError("mask and lengths say the same in two ways: give one of them")
         self.mask = np.array(mask)  # a copy: it must not change before the backward
+
+    def check_variance(self):
+        """Refuse a mask by which each feature has one value, which has no variance."""
+        if np.count_nonzero(self.mask) == 1:
+            raise ValueError(
+                "x must have two values per feature or more to have a variance, and mask or "
+                f"lengths leave one of {self.mask.size}"
+            )
 
     def gather(self, name, array):
         """Return the rows that count as an array of as many dimensions, features along the axis."""

@@ -1,12 +1,18 @@
 """`MicroBatch`: a large batch that comes in parts, normalized as one."""
 
-from contextlib import contextmanager
 from itertools import product
 
 import numpy as np
 
-from bn_cy._checks import check_apart_from_layer, check_batch, check_like, checked_target
-from bn_cy._layout import as_output, as_plain
+from bn_cy._arguments import as_output, as_plain
+from bn_cy._checks import (
+    check_apart_from_layer,
+    check_batch,
+    check_like,
+    check_several,
+    checked_target,
+    naming,
+)
 from bn_cy._moments import Moments
 from bn_cy._parts import PartCache, count_batches, is_counted
 from bn_cy.functional import moments
@@ -175,7 +181,7 @@ class MicroBatch:
         targets = [None if a is None else as_output(a) for a in one_each("out", out, caches)]
         upstream, sums = [], []
         for number, (cache, dout, target) in enumerate(zip(caches, douts, targets, strict=True)):
-            with naming(number):
+            with naming(f"part {number}"):
                 douts[number] = dout = as_plain("dout", dout)
                 cache.target(target, dout)
                 check_apart_from_layer(target, self._layer)
@@ -211,11 +217,12 @@ class MicroBatch:
 
         What `frozen_forward` would refuse is refused here, before anything is written.
         """
+        check_several("parts", parts)
         xs = list(parts)
         targets = [None if a is None else as_output(a) for a in one_each("out", out, xs)]
         residuals = one_each("residuals", residuals, xs)
         for number, (x, target, residual) in enumerate(zip(xs, targets, residuals, strict=True)):
-            with naming(number):
+            with naming(f"part {number}"):
                 xs[number] = x = as_plain("x", x)
                 self._layer._check_features(x)
                 check_batch(x, self._layer.axis)
@@ -234,7 +241,7 @@ class MicroBatch:
         features = self._layer.num_features
         found = [Moments(0, np.zeros(features), np.zeros(features))]  # for no part at all
         for number, x in enumerate(xs):
-            with naming(number):
+            with naming(f"part {number}"):
                 found.append(moments(x, axis=self._layer.axis))
         whole = Moments.sum(found)
         if whole.count == 1:
@@ -262,22 +269,13 @@ def one_each(name, arrays, parts):
     """Return a list with an entry for each part."""
     if arrays is None:
         return [None] * len(parts)
+    check_several(name, arrays)
     arrays = list(arrays)
     if len(arrays) != len(parts):
         raise ValueError(
             f"{name} must have an array for each of the {len(parts)} parts, got {len(arrays)}"
         )
     return arrays
-
-
-@contextmanager
-def naming(number):
-    """Say in an error which part it is about."""
-    try:
-        yield
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = next(k for k in (TypeError, ValueError, RuntimeError) if isinstance(error, k))
-        raise kind(f"part {number}: {error}") from error
 
 
 def check_apart(targets, arrays, name):

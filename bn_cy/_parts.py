@@ -60,6 +60,26 @@ class PartCache:
         """A copy of the variances."""
         return self.moments.var.copy()
 
+    @property
+    def num_features(self):
+        """How many features the batch has."""
+        return self.local.num_features
+
+    @property
+    def scaled(self):
+        """Whether there was a gamma."""
+        return self.local.scaled
+
+    @property
+    def shifted(self):
+        """Whether there was a beta."""
+        return self.local.shifted
+
+    @property
+    def empty(self):
+        """Whether the whole has no values."""
+        return self.count == 0
+
     @classmethod
     def forward(cls, layer, x, moments, target, residual, kept=None):
         """Normalize x by the moments of the whole; return y and the cache."""
@@ -100,13 +120,24 @@ class PartCache:
 # Running statistics
 
 
+def tracked_var(layer, moments):
+    """Return the variance that the running one gets: divided by n - 1, if the layer is unbiased."""
+    n = moments.count
+    if not layer.unbiased:
+        return moments.var
+    with np.errstate(over="ignore"):
+        return moments.var * (n / (n - 1))
+
+
 def is_counted(layer, moments, update):
     """Tell whether a batch goes into a layer's running statistics; refuse one that must not."""
-    finite = np.isfinite(moments.var).all()
-    tracks = update and layer.track_running_stats and moments.count > 0
-    if tracks and not finite and layer.on_nonfinite == "raise":
-        layer._refuse_batch(moments.var)
-    return tracks and (finite or layer.on_nonfinite == "update")
+    if not (update and layer.track_running_stats and moments.count > 0):
+        return False
+    var = tracked_var(layer, moments)
+    finite = np.isfinite(var).all()
+    if not finite and layer.on_nonfinite == "raise":
+        layer._refuse_batch(var)
+    return finite or layer.on_nonfinite == "update"
 
 
 def count_batches(layer, batches):
@@ -114,10 +145,9 @@ def count_batches(layer, batches):
     with layer._lock:
         mean, var = layer.running_mean.copy(), layer.running_var.copy()
         tracked = layer.num_batches_tracked
-        for n, batch_mean, batch_var in batches:
+        for moments in batches:
             tracked += 1
             weight = 1 / tracked if layer.momentum is None else layer.momentum
-            correction = n / (n - 1) if layer.unbiased else 1
-            take_in(mean, var, batch_mean, batch_var, weight, correction)
+            take_in(mean, var, moments.mean, tracked_var(layer, moments), weight, 1)
         new = [mean, var, np.array(min(tracked, MOST_TRACKED), np.int64)]
         copy_all(new, [layer.running_mean, layer.running_var, layer._tracked])

@@ -2,9 +2,12 @@
 
 import numpy as np
 
+from bn_cy._arguments import as_plain
 from bn_cy._attributes import places
-from bn_cy._layout import as_plain, copy_all
+from bn_cy._checks import check_several, naming
+from bn_cy._layout import copy_all
 from bn_cy._moments import Moments
+from bn_cy._parts import tracked_var
 from bn_cy.functional import moments
 from bn_cy.layer import BatchNorm
 
@@ -67,15 +70,15 @@ def recalibrate(layer, batches):
         raise TypeError(f"layer must be a BatchNorm, got {type(layer).__name__}")
     if not layer.track_running_stats:
         raise RuntimeError("this layer has no running statistics that could be set")
+    check_several("batches", batches)
     sizes = []
-    n, mean, var = Moments.sum(_measured(layer, batches, sizes))
-    if n < 2:
-        raise ValueError(f"batches must hold two values per feature or more, got {n}")
+    whole = Moments.sum(_measured(layer, batches, sizes))
+    if whole.count < 2:
+        raise ValueError(f"batches must hold two values per feature or more, got {whole.count}")
+    var = tracked_var(layer, whole)
     if layer.on_nonfinite != "update":  # finite parts may be too far from one another
         _check_finite("the whole of the batches", var)
-    if layer.unbiased:
-        var = var * (n / (n - 1))
-    found = [mean, var, np.array(len(sizes), np.int64)]
+    found = [whole.mean, var, np.array(len(sizes), np.int64)]
     with layer._lock:
         copy_all(found, [layer.running_mean, layer.running_var, layer._tracked])
 
@@ -84,9 +87,10 @@ def _measured(layer, batches, sizes):
     """Yield the moments of the batches that count, and note their sizes."""
     yield Moments(0, np.zeros(layer.num_features), np.zeros(layer.num_features))
     for number, batch in enumerate(batches):
-        x = as_plain("x", batch)
-        layer._check_features(x)
-        part = moments(x, axis=layer.axis)
+        with naming(f"batch {number}"):
+            x = as_plain("x", batch)
+            layer._check_features(x)
+            part = moments(x, axis=layer.axis)
         if layer.on_nonfinite == "raise":
             _check_finite(f"batch {number}", part.var)
         counts = layer.on_nonfinite == "update" or np.isfinite(part.var).all()

@@ -1,6 +1,7 @@
 """What of a layer is kept: its state under PyTorch's names, pickles and copies."""
 
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,8 @@ from bn_cy._layout import copy_all
 
 __all__ = ["Stateful"]
 
-PICKLE_VERSION = 2  # 1: without ghost_batch_size
+PICKLE_VERSION = 3  # 1: without ghost_batch_size; until 2 VERSION was "version"
+VERSION = "_pickle_version"  # its key beside the attributes, those of a subclass, too
 
 
 class Stateful:
@@ -76,7 +78,7 @@ class Stateful:
 
     def __getstate__(self):
         """Everything but the cached batch and the lock, with copies of the arrays."""
-        state = {**self.__dict__, "version": PICKLE_VERSION, "_cache": None}
+        state = {**self.__dict__, VERSION: PICKLE_VERSION, "_cache": None}
         del state["_lock"]
         state["_params"] = deepcopy(self._params)
         state["grads"] = deepcopy(state.pop("_grads"))  # its name in every pickle
@@ -87,10 +89,10 @@ class Stateful:
     def __setstate__(self, state):
         """Restore a layer; ValueError if a later version of bn_cy has written it."""
         state = dict(state)
-        version = state.pop("version", None)
+        version = state.pop(VERSION if VERSION in state else "version", None)
         if version == 1:
             state["_ghost_batch_size"] = None
-        elif version != PICKLE_VERSION:
+        elif version not in (2, PICKLE_VERSION):
             raise ValueError(
                 f"this {type(self).__name__} was pickled in version {version} of its format, "
                 f"and this bn_cy reads versions up to {PICKLE_VERSION}"
@@ -110,11 +112,9 @@ class Stateful:
         return {name: array for name, array in arrays.items() if array is not None}
 
 
-def entries_under(prefix, state):
+def entries_under(prefix: str, state: Any) -> dict[str, Any]:
     """Return the entries of a state whose keys begin with a prefix, by the rest of the key."""
-    if not isinstance(prefix, str):
-        kind = type(prefix).__name__
-        raise TypeError(f'prefix must be a str, such as "layers.1.", or "" for none, got {kind}')
+    check_prefix(prefix)
     if not hasattr(state, "keys"):
         raise TypeError(
             "state must be a mapping of str to array, as state_dict returns, got "
@@ -124,6 +124,13 @@ def entries_under(prefix, state):
         if not isinstance(key, str):
             raise TypeError(f"state must have keys of str, got the {type(key).__name__} {key!r}")
     return {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+
+
+def check_prefix(prefix: Any) -> None:
+    """Refuse a prefix that is no text."""
+    if not isinstance(prefix, str):
+        kind = type(prefix).__name__
+        raise TypeError(f'prefix must be a str, such as "layers.1.", or "" for none, got {kind}')
 
 
 def check_keys(own, needed, optional, prefix):

@@ -22,7 +22,7 @@ library in the processor's memory is taken as it is, as x, as dout and as ``out`
 from bn_cy._buffers import clear_buffers
 from bn_cy._calls import Cache
 from bn_cy._checks import check_apart_from_parameters
-from bn_cy._layout import as_plain
+from bn_cy._arguments import as_plain
 from bn_cy._masks import Kept
 from bn_cy._moments import Moments
 from bn_cy._resources import _stream_from  # no-cython-lint: for tests and measurements
@@ -122,6 +122,7 @@ def batchnorm_forward(
         kept = Kept(as_plain("x", x), axis, mask, lengths)
         target = kept.target(out)
         check_apart_from_parameters(target, gamma, beta)
+        kept.check_variance()
         x, _, residual = kept.gathered(x, residual)
         y, cache = batchnorm_forward(
             x, gamma, beta, eps, axis=axis, relu=relu, residual=residual)
@@ -177,7 +178,7 @@ def frozen_forward(
     return run_forward(cache, x, gamma, beta, eps, out, relu, residual, False, NULL, True), cache
 
 
-def batchnorm_backward(dout, Call cache not None, *, out=None):
+def batchnorm_backward(dout, cache, *, out=None):
     """Gradients of `batchnorm_forward`.
 
     Parameters
@@ -223,6 +224,10 @@ def batchnorm_backward(dout, Call cache not None, *, out=None):
     >>> dgamma is None, dbeta
     (True, array([3.]))
     """
+    if not isinstance(cache, Call):
+        raise TypeError(
+            f"cache must be a Cache, as batchnorm_forward returns, got {type(cache).__name__}; "
+            "what a layer's forward left goes to the layer's backward")
     kept = cache._kept
     if kept is None:
         return gradients(cache, dout, out)

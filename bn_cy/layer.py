@@ -3,6 +3,7 @@
 import numpy as np
 
 from bn_cy import _calls, _ghosts, functional
+from bn_cy._arguments import as_float_dtype, as_index, as_output, as_plain
 from bn_cy._attributes import (
     Arrays,
     checked,
@@ -17,7 +18,6 @@ from bn_cy._attributes import (
 )
 from bn_cy._checks import check_apart_from_layer
 from bn_cy._forks import give_lock
-from bn_cy._layout import as_float_dtype, as_index, as_output, as_plain
 from bn_cy._masks import Kept
 from bn_cy._state import Stateful
 
@@ -163,6 +163,7 @@ class BatchNorm(Stateful):
         self._cache, self._cached_mode = None, True
         give_lock(self)
 
+    _caches = (functional.Cache, _ghosts.GhostCache)  # that a backward takes
     params = fixed(
         "params",
         "The parameters by name; what is assigned is copied into them.",
@@ -263,6 +264,8 @@ class BatchNorm(Stateful):
         else:
             kept = Kept(x, self._axis, mask, lengths)
             target = kept.target(out)
+            if self._measures:
+                kept.check_variance()
             y, cache = self._normalize(*kept.gathered(x, residual), update)
             y = kept.scatter(y, target, out)
             cache._kept = kept
@@ -416,16 +419,26 @@ class BatchNorm(Stateful):
 
     def __repr__(self):
         """As the expression that makes such a layer."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self._arguments().items())
+        frozen = ".freeze()" if self._frozen else ""
         mode = "" if self.training else ".eval()"
-        return (
-            f"{type(self).__name__}({self._num_features}, eps={self._eps}, "
-            f"momentum={self._momentum}, "
-            f"scale={self.gamma is not None}, shift={self.beta is not None}, "
-            f"track_running_stats={self.track_running_stats}, unbiased={self.unbiased}, "
-            f"axis={self._axis}, dtype={self._dtype.name!r}, relu={self.relu}, "
-            f"on_nonfinite={self._on_nonfinite!r}, ghost_batch_size={self._ghost_batch_size})"
-            f"{'.freeze()' if self._frozen else ''}{mode}"
-        )
+        return f"{type(self).__name__}({self._num_features}, {options}){frozen}{mode}"
+
+    def _arguments(self):
+        """Return the keyword arguments that make such a layer."""
+        return {
+            "eps": self._eps,
+            "momentum": self._momentum,
+            "scale": self.gamma is not None,
+            "shift": self.beta is not None,
+            "track_running_stats": self.track_running_stats,
+            "unbiased": self.unbiased,
+            "axis": self._axis,
+            "dtype": self._dtype.name,
+            "relu": self.relu,
+            "on_nonfinite": self._on_nonfinite,
+            "ghost_batch_size": self._ghost_batch_size,
+        }
 
     @property
     def _measures(self):
@@ -509,7 +522,7 @@ class BatchNorm(Stateful):
             self._grads[name] = found[name]
 
     def _check_cache(self, cache):
-        if not isinstance(cache, (functional.Cache, _ghosts.GhostCache)):
+        if not isinstance(cache, self._caches):
             raise TypeError(f"cache must be a Cache, got {type(cache).__name__}")
         has = (cache.num_features, cache.scaled, cache.shifted)
         wanted = (self._num_features, "gamma" in self._params, "beta" in self._params)

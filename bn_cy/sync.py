@@ -5,9 +5,10 @@ in `_parts`; what is exchanged between ranks is in `_ranks`.
 """
 
 from bn_cy import functional
+from bn_cy._arguments import as_plain
 from bn_cy._attributes import checked
+from bn_cy._calls import Cache
 from bn_cy._checks import check_apart_from_layer, check_like, checked_target
-from bn_cy._layout import as_plain
 from bn_cy._masks import kept_of
 from bn_cy._parts import PartCache, count_batches, is_counted
 from bn_cy._ranks import Ranks
@@ -90,9 +91,13 @@ class SyncBatchNorm(BatchNorm):
         super().__init__(num_features, **options)
         self.comm = comm
 
+    _caches = (Cache, PartCache)
     ghost_batch_size = checked(
         "ghost_batch_size", without_groups, "None: the batch is one, that of all ranks."
     )
+
+    def _arguments(self):
+        return {"comm": self.comm, **super()._arguments()}
 
     @property
     def comm(self):
@@ -160,9 +165,6 @@ class SyncBatchNorm(BatchNorm):
         dbeta, dgamma = sums
         dx, *dresidual = cache.input_gradients(*upstream, whole, target)
         return dx if out is None else out, dgamma, dbeta, *dresidual
-
-    def _check_cache(self, cache):
-        super()._check_cache(cache.local if isinstance(cache, PartCache) else cache)
 
     def _need_ranks(self):
         if self._ranks is None:

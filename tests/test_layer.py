@@ -202,6 +202,9 @@ def test_absent_parameters_have_no_gradients(rng, scale, shift):
         ({"momentum": np.full(2, 0.1)}, "momentum"),
         ({"dtype": np.float16}, "float16"),
         ({"dtype": np.int32}, "int32"),
+        ({"dtype": None}, "dtype must be float32 or float64, got None"),
+        ({"dtype": "foo"}, "dtype must be float32 or float64, got 'foo'"),
+        ({"on_nonfinite": np.arange(2)}, "on_nonfinite must be one of"),
         ({"axis": 1.5}, "axis"),
     ],
 )
@@ -395,6 +398,10 @@ def test_a_cache_of_another_layer_is_refused(rng):
         layer.backward(dout, cache=other.cache)
     with pytest.raises(TypeError, match="cache must be a Cache, got str"):
         layer.backward(dout, cache="last")
+    grouped = BatchNorm(5, ghost_batch_size=8)
+    grouped(x)
+    with pytest.raises(TypeError, match=r"a Cache, .* got GhostCache; .* the layer's"):
+        functional.batchnorm_backward(dout, grouped.cache)
     with pytest.raises(TypeError):
         functional.Cache(None)
     assert not any(gradient.any() for gradient in layer.grads.values())
@@ -656,7 +663,7 @@ class Tensor:
         return self.array
 
 
-@pytest.mark.parametrize("name", ["gamma", "running_mean", "running_var"])
+@pytest.mark.parametrize("name", ["gamma", "running_mean", "running_var", "dbeta"])
 @pytest.mark.parametrize("wrap", [np.asarray, Tensor])
 def test_out_may_not_be_of_the_layer_in_any_mode(rng, name, wrap):
     layer = BatchNorm(4, dtype=np.float64, ghost_batch_size=2)
@@ -664,7 +671,8 @@ def test_out_may_not_be_of_the_layer_in_any_mode(rng, name, wrap):
     row = getattr(layer, name).reshape(1, 4)
     square = np.lib.stride_tricks.as_strided(row, x.shape, (0, 8))  # every row is the layer's own
     before = layer.state_dict()
-    what = "gamma or beta" if name == "gamma" else "the running statistics"
+    what = {"gamma": "gamma or beta", "dbeta": "grads"}.get(name, "the running statistics")
+    layer.dgamma = None  # one that was cleared
 
     def check(call, *given, out, **options):
         with pytest.raises(ValueError, match=f"out may not share memory with {what}"):
@@ -990,6 +998,8 @@ def test_arrays_are_assigned_all_or_none(rng):
         layer.params.update(gamma=np.full(5, 7), beta=np.full(5, 7))
     with pytest.raises(ValueError, match="read-only"):
         layer.reset_running_stats()
+    with pytest.raises(ValueError, match=r"beta cannot be assigned: .* read-only"):
+        layer.beta = np.full(5, 7)
     assert_same_state(snapshot(layer), before)
 
 
@@ -1176,10 +1186,31 @@ def test_what_is_no_state_is_refused(rng, state, prefix, message):
 
 
 def test_a_pickle_of_a_later_version_is_refused(rng):
+    state = trained(rng).__getstate__()
+    with pytest.raises(ValueError, match="pickled in version 4 of its format"):
+        BatchNorm(5).__setstate__({**state, "_pickle_version": 4})
+
+
+def test_a_pickle_of_version_2_loads(rng):
     layer = trained(rng)
-    state = layer.__getstate__()
-    with pytest.raises(ValueError, match="pickled in version 3 of its format"):
-        BatchNorm(5).__setstate__({**state, "version": 3})
+    state = layer.__getstate__() | {"version": 2}
+    del state["_pickle_version"]
+    again = BatchNorm.__new__(BatchNorm)
+    again.__setstate__(state)
+    assert vars(again).keys() == vars(layer).keys()
+    assert_same_state(snapshot(again), snapshot(layer))
+
+
+class Named(BatchNorm):
+    """A layer with attributes of its own."""
+
+
+def test_attributes_of_a_subclass_are_kept(rng):
+    layer = Named(5)
+    layer.version, layer.grade = "v7", 3
+    for again in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), copy.copy(layer)):
+        assert (again.version, again.grade) == ("v7", 3)
+        assert vars(again).keys() == vars(layer).keys()
 
 
 @pytest.mark.parametrize("change", ["eval", "freeze", "train"])
@@ -1200,7 +1231,7 @@ def test_a_batch_without_the_feature_axis_is_refused():
 def test_a_batch_of_channels_last_is_hinted_at(rng):
     with pytest.raises(ValueError, match=r"features along axis 1.*last axis: axis=-1"):
         BatchNorm(5)(np.ones((7, 3, 5), np.float32))
-    with pytest.raises(ValueError, match=r"two values per feature or more.*eval mode, one is eno"):
+    with pytest.raises(ValueError, match=r"two values per feature or more.*in eval mode, one can"):
         BatchNorm(5)(np.ones((1, 5), np.float32))
 
 

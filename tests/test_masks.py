@@ -129,8 +129,11 @@ def test_nothing_counts_is_an_empty_batch(rng):
 
 
 def test_one_position_has_no_variance(rng):
-    with pytest.raises(ValueError, match="two values per feature or more"):
-        batchnorm_forward(rng.standard_normal((4, 3)), mask=np.arange(4) == 2)
+    x, mask = rng.standard_normal((4, 3)), np.arange(4) == 2
+    for function in (batchnorm_forward, BatchNorm(3, dtype=np.float64)):
+        with pytest.raises(ValueError, match=r"two values per feature .*lengths leave one of 4"):
+            function(x, mask=mask)
+    assert np.any(BatchNorm(3).eval()(x, mask=mask)[2])
 
 
 def test_given_outputs(rng, batch):

@@ -121,10 +121,12 @@ def test_a_bad_batch_is_counted(rng):
     assert layer.num_batches_tracked == 5
 
 
-def test_a_whole_that_overflows_is_named(rng):
+@pytest.mark.parametrize("size", [1e200, 1.3e154])
+def test_a_whole_that_overflows_is_named(rng, size):
+    """Of the smaller ones the variance is a number, and 4/3 of it is not."""
     layer = trained(rng, dtype=np.float64)
     before = snapshot(layer)
-    far = [np.full((2, 5), value) for value in (1e200, -1e200)]
+    far = [np.full((2, 5), value) for value in (size, -size)]
     with pytest.raises(FloatingPointError, match=r"the whole of the batches has .* at 5 of the"):
         recalibrate(layer, far)
     assert_same_state(snapshot(layer), before)
@@ -142,10 +144,12 @@ def failing(parts):
     ("spoil", "kind", "message"),
     [
         (failing, ZeroDivisionError, "of the data set"),
-        (lambda p: [*p, np.zeros((4, 6), np.float32)], ValueError, "x must have 5 features"),
+        (lambda p: [p[0], np.zeros((4, 6))], ValueError, "batch 1: x must have 5 features"),
         (lambda p: [*p, np.zeros((4, 5), int)], TypeError, "x must be of float32 or float64"),
         (lambda p: [*p, None], TypeError, "x must be an array"),
-        (lambda p: p[0], ValueError, "x must have two dimensions or more"),
+        (lambda p: p[0], TypeError, r"batches must be several arrays, .* pass it in a list"),
+        (lambda p: [p[0], [1.0, 2.0]], ValueError, "batch 1: x must have two dimensions or more"),
+        (lambda p: [[[1.0], [2.0, 3.0]]], ValueError, "batch 0: x must be an array, got list"),
         (lambda p: [], ValueError, "batches must hold two values per feature or more, got 0"),
         (lambda p: [np.zeros((1, 5))], ValueError, "two values per feature or more, got 1"),
         (lambda p: 3, TypeError, "not iterable"),

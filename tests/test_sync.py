@@ -5,6 +5,7 @@ import pytest
 import shards
 from thread_comm import on_threads
 
+import bn_cy
 from bn_cy import BatchNorm, SyncBatchNorm
 
 
@@ -59,7 +60,9 @@ def test_what_is_no_communicator_is_refused(comm):
 def test_options_are_those_of_the_layer():
     layer = SyncBatchNorm(5, comm=Alone(), eps=1e-3, relu=True, on_nonfinite="skip")
     plain = BatchNorm(5, eps=1e-3, relu=True, on_nonfinite="skip")
-    assert repr(layer) == "Sync" + repr(plain)
+    again = eval(repr(layer).replace(repr(layer.comm), "comm"), vars(bn_cy), {"comm": layer.comm})
+    assert repr(again) == repr(layer)
+    assert repr(layer).replace(f"comm={layer.comm!r}, ", "") == "Sync" + repr(plain)
     with pytest.raises(TypeError, match="speed"):
         SyncBatchNorm(5, comm=Alone(), speed=3)
 
@@ -88,3 +91,12 @@ def test_an_error_of_a_kind_that_has_no_number_is_a_runtime_error(rng):
     with pytest.raises(RuntimeError, match=r"^rank 0: 'é") as caught:
         SyncBatchNorm(5, comm=Alone())(Hostile())
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_the_cache_has_what_that_of_a_layer_has(rng):
+    x = rng.standard_normal((6, 5))
+    layer, plain = SyncBatchNorm(5, comm=Alone(), shift=False), BatchNorm(5, shift=False)
+    layer(x), plain(x)
+    for name in ("count", "num_features", "scaled", "shifted", "empty"):
+        assert getattr(layer.cache, name) == getattr(plain.cache, name)
+    np.testing.assert_array_equal(layer.cache.mean, plain.cache.mean)

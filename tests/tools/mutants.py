@@ -52,7 +52,8 @@ WORK = CHECKOUT / "build/mutants"
 SITE = WORK / "site"  # where the package with the mutants is installed
 
 FILES = ["kernels/*.pxi", "kernels/kernels.pyx", "functional.pyx", "_calls.pyx", "_resources.pyx",
-         "_layout.pyx", "_buffers.pyx", "layer.py", "_state.py", "_attributes.py"]  # fmt: skip
+         "_layout.pyx", "_arguments.py", "_buffers.pyx", "layer.py", "_state.py",
+         "_attributes.py"]  # fmt: skip
 TESTS = ["functional", "layer", "kernels", "activation", "paths", "accuracy", "buffers", "threads",
          "same_bits", "memory", "processes", "masks", "micro_batch", "sync", "folding",
          "ghosts"]  # fmt: skip
