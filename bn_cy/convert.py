@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bn_cy._arguments import as_plain
+from bn_cy._attributes import checked_tracked, checked_weight, fitted
+from bn_cy._state import check_prefix, entries_under
 from bn_cy.layer import BatchNorm
 
 __all__ = ["from_keras", "from_onnx", "from_torch", "to_keras", "to_onnx"]
@@ -67,16 +70,16 @@ def from_torch(module_or_state: Any, prefix: str = "") -> BatchNorm:
     """
     if isinstance(module_or_state, Mapping):
         return _from_torch_state(module_or_state, prefix)
-    if not hasattr(module_or_state, "state_dict"):
+    if not hasattr(module_or_state, "get_submodule"):
         got = type(module_or_state).__name__
         raise TypeError(f"expected a module of PyTorch or a state dict, got {got}")
+    check_prefix(prefix)
     name = prefix.removesuffix(".")
     module = module_or_state.get_submodule(name) if name else module_or_state
     # Instance norm has the same attributes, and is another function.
-    kinds = [kind.__name__ for kind in type(module).__mro__]
-    if not (any("BatchNorm" in kind for kind in kinds) and hasattr(module, "momentum")):
+    if not any(_is_batch_norm(kind) for kind in type(module).__mro__):
         raise TypeError(
-            f"expected a batch norm of PyTorch, got {kinds[0]}; "
+            f"expected a batch norm of PyTorch, got {type(module).__name__}; "
             'in a network prefix= names the layer, as in prefix="features.1."'
         )
     layer = _from_torch_state(module.state_dict(), "", eps=module.eps, momentum=module.momentum)
@@ -134,7 +137,7 @@ def from_keras(
         )
     keys = [key for key, has in zip(STATE, there.values(), strict=True) if has]
     values = dict(zip(names, weights, strict=True))
-    weight = _complement(momentum)
+    weight = _complement(checked_weight("momentum", momentum))
     return _layer(values, keys, eps=eps, momentum=weight, unbiased=False, axis=axis)
 
 
@@ -281,12 +284,17 @@ def to_onnx(layer: BatchNorm, *, prefix: str = "") -> tuple[Any, list[Any]]:
     return node, [numpy_helper.from_array(*pair) for pair in zip(arrays, inputs[1:], strict=True)]
 
 
+def _is_batch_norm(kind: type) -> bool:
+    """Tell whether a class is one of PyTorch's own batch norms."""
+    return kind.__module__.startswith("torch.nn.") and "BatchNorm" in kind.__name__
+
+
 def _from_torch_state(state: Mapping[str, Any], prefix: str, **options: Any) -> BatchNorm:
     """Return the layer that has the keys with this prefix."""
-    own = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
+    own = entries_under(prefix, state)
     statistics = {*STATE[2:], "num_batches_tracked"}
-    missing = set(STATE[2:]) - own if own & statistics or not own else set()
-    unexpected = own - {*STATE} - statistics
+    missing = set(STATE[2:]) - own.keys() if own.keys() & statistics or not own else set()
+    unexpected = own.keys() - {*STATE} - statistics
     if missing or unexpected:
         there = [key.removesuffix("running_mean") for key in state if key.endswith("running_mean")]
         raise KeyError(
@@ -295,33 +303,35 @@ def _from_torch_state(state: Mapping[str, Any], prefix: str, **options: Any) -> 
             f"prefixes of batch norms: {there[:NAMED] or 'none'}"
         )
     keys = [key for key in STATE if key in own]
-    layer = _layer({prefix + key: state[prefix + key] for key in keys}, keys, **options)
+    layer = _layer({prefix + key: own[key] for key in keys}, keys, **options)
     if "num_batches_tracked" in own:
-        layer.num_batches_tracked = _as_array(state[f"{prefix}num_batches_tracked"]).item()
+        tracked = _as_array("num_batches_tracked", own["num_batches_tracked"])
+        layer.num_batches_tracked = checked_tracked(tracked)
     return layer
 
 
 def _layer(values: Mapping[str, Any], keys: Iterable[str], **options: Any) -> BatchNorm:
     """Return a layer with these values: by the names of their source, and the keys of our state."""
-    arrays = {name: _as_array(value) for name, value in values.items()}
+    arrays = {name: _as_array(name, value) for name, value in values.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
     first = next(iter(arrays.values()))
     if first.ndim != 1 or len(set(shapes.values())) > 1:
         raise ValueError(f"a batch norm has one value per feature of each, got the shapes {shapes}")
-    state = dict(zip(keys, arrays.values(), strict=True))
+    names = dict(zip(keys, arrays, strict=True))
     layer = BatchNorm(
         len(first),
-        scale="weight" in state,
-        shift="bias" in state,
-        track_running_stats="running_mean" in state,
+        scale="weight" in names,
+        shift="bias" in names,
+        track_running_stats="running_mean" in names,
         dtype=np.float64 if first.dtype.itemsize > 4 else np.float32,
         **options,
     )
-    layer.load_state_dict(state)
+    for key, array in layer._state_arrays().items():
+        array[...] = fitted(key, arrays[names[key]], array, names[key])
     return layer
 
 
-def _as_array(values: Any) -> Array:
+def _as_array(name: str, values: Any) -> Array:
     """Return an array, or a tensor of PyTorch or ONNX, as an array with a dtype of NumPy."""
     if hasattr(values, "detach"):
         tensor = values.detach().cpu()
@@ -330,12 +340,14 @@ def _as_array(values: Any) -> Array:
         from onnx import numpy_helper
 
         values = numpy_helper.to_array(values)
-    array = np.asarray(values)
+    array: Array = as_plain(name, values)
     return array.astype(np.float32) if "bfloat16" in array.dtype.name else array
 
 
 def _tracked_state(layer: BatchNorm) -> dict[str, Array]:
     """Return the state of a layer with running statistics."""
+    if not isinstance(layer, BatchNorm):
+        raise TypeError(f"layer must be a BatchNorm, got {type(layer).__name__}")
     if not layer.track_running_stats:
         raise RuntimeError("this layer has no running statistics, which Keras and ONNX need")
     return layer.state_dict()

@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bn_cy import functional
+from bn_cy._arguments import as_real
+from bn_cy._attributes import checked_weight
 
 __all__ = ["batchnorm_backward", "batchnorm_backward_alt", "batchnorm_forward"]
 
@@ -74,10 +76,8 @@ def batchnorm_forward(
     """
     mode = bn_param["mode"]
     eps = bn_param.get("eps", 1e-5)
-    momentum = bn_param.get("momentum", 0.9)
-    features = np.shape(x)[1:2]
-    mean = bn_param.get("running_mean", np.zeros(features))
-    var = bn_param.get("running_var", np.zeros(features))
+    momentum = checked_weight('bn_param["momentum"]', bn_param.get("momentum", 0.9))
+    mean, var = (_statistic(bn_param, name, x) for name in ("running_mean", "running_var"))
     if mode == "train":
         out, cache = functional.batchnorm_forward(x, gamma, beta, eps)
         if not cache.empty:
@@ -89,6 +89,21 @@ def batchnorm_forward(
         raise ValueError(f'bn_param["mode"] must be "train" or "test", got {mode!r}')
     bn_param["running_mean"], bn_param["running_var"] = mean, var
     return out, cache
+
+
+def _statistic(bn_param: dict[str, Any], name: str, x: Array) -> Array:
+    """Return a running statistic, zeros where there is none."""
+    features = np.shape(x)[1:2]
+    values = bn_param.get(name)
+    if values is None:
+        return np.zeros(features)
+    array: Array = as_real(f'bn_param["{name}"]', values).astype(np.float64)
+    if array.shape != features:
+        raise ValueError(
+            f'bn_param["{name}"] must have shape {features}, one value per feature, '
+            f"got {array.shape}"
+        )
+    return array
 
 
 def batchnorm_backward(dout: Array, cache: functional.Cache) -> tuple[Array, Array, Array]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bn_cy._arguments import as_index, as_plain, as_real
 from bn_cy.layer import BatchNorm
 
 __all__ = ["fold", "fold_next"]
@@ -174,7 +175,7 @@ def _checked_affine(layer: BatchNorm) -> tuple[Array, Array]:
 
 def _checked_weight(W: ArrayLike) -> Array:
     """Return a weight as an array of floats."""
-    array = np.asarray(W)
+    array: Array = as_plain("W", W)
     if array.dtype.kind != "f":
         raise TypeError(f"W must be of floats, got {array.dtype}")
     if array.ndim < 2:
@@ -184,7 +185,7 @@ def _checked_weight(W: ArrayLike) -> Array:
 
 def _checked_bias(b: ArrayLike | None, outputs: int) -> Array:
     """Return a bias with one value for each output, in float64; zeros for None."""
-    array = np.zeros(outputs) if b is None else np.asarray(b, np.float64)
+    array: Array = np.zeros(outputs) if b is None else as_real("b", b).astype(np.float64)
     if array.shape != (outputs,):
         raise ValueError(f"b must have shape ({outputs},), as W's outputs, got {array.shape}")
     return array
@@ -194,25 +195,32 @@ def _checked_axis(W: Array, axis: int | None, features: int) -> int:
     """Return the axis along which W has the features as its outputs, counted from 0."""
     if axis is None:
         axis = _only(W, features, "outputs", {outputs: outputs for outputs in CONVENTIONS})
-    elif not -W.ndim <= axis < W.ndim:
+        return axis % W.ndim
+    axis = as_index("axis", axis)
+    if not -W.ndim <= axis < W.ndim:
         raise ValueError(f"axis must be one of W's, of shape {W.shape}, got {axis}")
-    elif W.shape[axis] != features:
+    if W.shape[axis] != features:
         raise ValueError(f"W must have {features} outputs along axis {axis}, got shape {W.shape}")
     return axis % W.ndim
 
 
 def _checked_axes(W: Array, axis: int | None, features: int) -> tuple[int, int]:
     """Return the axes of W's outputs and of its inputs, which are the features, from 0."""
+    conventions = {outputs % W.ndim: inputs for outputs, inputs in CONVENTIONS.items()}
     if axis is None:
-        axis = _only(W, features, "inputs", CONVENTIONS)
-    elif axis not in CONVENTIONS:
-        raise ValueError(f"axis must be -1 or 0, got {axis}")
-    elif W.shape[CONVENTIONS[axis]] != features:
+        outputs = _only(W, features, "inputs", CONVENTIONS) % W.ndim
+    else:
+        index = as_index("axis", axis)
+        outputs = index % W.ndim
+        if outputs not in conventions or not -W.ndim <= index < W.ndim:
+            raise ValueError(f"axis must be -1 or 0, got {axis}")
+    inputs = conventions[outputs] % W.ndim
+    if W.shape[inputs] != features:
         raise ValueError(
-            f"W must have {features} inputs along axis {CONVENTIONS[axis]}, beside the outputs "
-            f"along axis {axis}, got shape {W.shape}"
+            f"W must have {features} inputs along axis {inputs}, beside the outputs along axis "
+            f"{outputs}, got shape {W.shape}"
         )
-    return axis % W.ndim, CONVENTIONS[axis] % W.ndim
+    return outputs, inputs
 
 
 def _only(W: Array, features: int, what: str, places: dict[int, int]) -> int:

@@ -103,11 +103,19 @@ class Module:
 
 
 class BatchNorm2d(Module):
-    """A batch norm, by its name."""
+    """A batch norm, by its name and that of its module."""
+
+    __module__ = "torch.nn.modules.batchnorm"
 
 
 class InstanceNorm2d(Module):
     """None, with the same attributes."""
+
+    __module__ = "torch.nn.modules.instancenorm"
+
+
+class OtherBatchNorm(Module):
+    """Somebody else's, whose attributes may mean something else."""
 
 
 def test_from_the_state_of_pytorch(rng):
@@ -216,10 +224,12 @@ def test_states_with_other_keys_are_refused(rng, change, prefix, message):
     [
         ("bias", np.ones(4), r"'a\.weight': \(5,\), 'a\.bias': \(4,\)"),
         ("weight", np.ones((5, 3)), r"'a\.weight': \(5, 3\)"),
-        ("running_var", np.full(5, -1.0), "running_var must not be negative"),
-        ("running_mean", np.full(5, np.nan), "running_mean must be finite"),
-        ("weight", np.ones(5, complex), "weight must be of real numbers"),
+        ("running_var", np.full(5, -1.0), r"a\.running_var must not be negative"),
+        ("running_mean", np.full(5, np.nan), r"a\.running_mean must be finite"),
+        ("weight", np.ones(5, complex), r"a\.weight must be of real numbers"),
+        ("weight", np.ma.ones(5), r"a\.weight must have no mask"),
         ("num_batches_tracked", np.array(0.5), "num_batches_tracked must be one integer"),
+        ("num_batches_tracked", np.ones(2, int), "num_batches_tracked must be one integer"),
     ],
 )
 def test_states_with_unfit_values_are_refused(rng, key, value, message):
@@ -234,8 +244,22 @@ def test_modules_that_are_no_batch_norm_are_refused(rng):
         convert.from_torch(InstanceNorm2d(torch_state(values(rng)), **attributes))
     with pytest.raises(TypeError, match="got Module; in a network prefix= names the layer"):
         convert.from_torch(Module({}, {"1": BatchNorm2d({}, **attributes)}))
-    with pytest.raises(TypeError, match="module of PyTorch or a state dict, got ndarray"):
-        convert.from_torch(np.ones(5))
+    with pytest.raises(TypeError, match="batch norm of PyTorch, got OtherBatchNorm"):
+        convert.from_torch(OtherBatchNorm(torch_state(values(rng)), **attributes))
+    for thing in (np.ones(5), BatchNorm(5)):
+        kind = type(thing).__name__
+        with pytest.raises(TypeError, match=f"module of PyTorch or a state dict, got {kind}"):
+            convert.from_torch(thing)
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_a_prefix_that_is_no_text_is_refused(rng, module):
+    state = torch_state(values(rng))
+    given = BatchNorm2d(state, eps=1e-5, momentum=0.1, training=True) if module else state
+    with pytest.raises(TypeError, match=r"prefix must be a str, .*got NoneType"):
+        convert.from_torch(given, None)
+    with pytest.raises(TypeError, match="state must have keys of str, got the int 0"):
+        convert.from_torch({0: np.ones(5)})
 
 
 # Keras
@@ -268,8 +292,15 @@ def test_unfit_weights_of_keras_are_refused(rng):
         convert.from_keras(given[1:], momentum=0.99, eps=1e-3)
     with pytest.raises(ValueError, match=r"'gamma': \(5,\), 'beta': \(4,\)"):
         convert.from_keras([given[0], given[1][:4], *given[2:]], momentum=0.99, eps=1e-3)
-    with pytest.raises(ValueError, match="momentum must be from 0 to 1"):
+    with pytest.raises(ValueError, match=r"momentum must be from 0 to 1, got 1\.5"):
         convert.from_keras(given, momentum=1.5, eps=1e-3)
+    for momentum in (None, "0.9"):
+        with pytest.raises(TypeError, match=f"momentum must be a number, got {momentum!r}"):
+            convert.from_keras(given, momentum=momentum, eps=1e-3)
+    with pytest.raises(ValueError, match="moving_variance must not be negative"):
+        convert.from_keras([*given[:3], -given[3]], momentum=0.9, eps=1e-3)
+    with pytest.raises(TypeError, match="layer must be a BatchNorm, got NoneType"):
+        convert.to_keras(None)
     with pytest.raises(RuntimeError, match="no running statistics"):
         convert.to_keras(BatchNorm(5, track_running_stats=False))
 

@@ -154,3 +154,34 @@ def test_a_wrong_mode_is_named():
         cs231n.batchnorm_forward(x, ones, ones, {"mode": "eval"})
     with pytest.raises(KeyError, match="mode"):
         cs231n.batchnorm_forward(x, ones, ones, {})
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ({"momentum": 1.5}, ValueError, r'bn_param\["momentum"\] must be from 0 to 1, got 1\.5'),
+        ({"momentum": np.nan}, ValueError, "from 0 to 1, got nan"),
+        ({"momentum": None}, TypeError, "must be a number, got None"),
+        ({"running_mean": np.zeros((3, 1))}, ValueError, r"\(3,\), .* got \(3, 1\)"),
+        ({"running_var": np.zeros(4)}, ValueError, r'"running_var"\] must .*\(3,\), .* got \(4,\)'),
+        ({"running_mean": ["1", "2", "3"]}, TypeError, "must be of real numbers, got <U1"),
+        ({"running_mean": np.ma.zeros(3)}, TypeError, "must have no mask"),
+    ],
+)
+def test_a_bn_param_that_does_not_fit_is_refused_and_kept(rng, mode, given, kind, message):
+    bn_param = {"mode": mode, **given}
+    with pytest.raises(kind, match=message):
+        cs231n.batchnorm_forward(rng.normal(size=(8, 3)), np.ones(3), np.zeros(3), bn_param)
+    assert bn_param.keys() == {"mode", *given}
+
+
+def test_statistics_may_be_lists(rng):
+    x = rng.normal(size=(8, 3))
+    given = {"running_mean": [1.0, 2.0, 3.0], "running_var": [4.0, 5.0, 6.0]}
+    lists = {"mode": "train", **given}
+    arrays = {"mode": "train", **{name: np.array(row) for name, row in given.items()}}
+    for bn_param in (lists, arrays):
+        cs231n.batchnorm_forward(x, np.ones(3), np.zeros(3), bn_param)
+    for name in given:
+        np.testing.assert_array_equal(lists[name], arrays[name])

@@ -274,6 +274,12 @@ def test_a_layer_with_a_relu_is_refused(rng):
         (np.ones(5), None, {}, r"W must have two dimensions or more, got shape \(5,\)"),
         (np.ones((3, 5), int), None, {}, "W must be of floats, got int64"),
         (np.ones((3, 5), complex), None, {}, "W must be of floats, got complex128"),
+        (np.ma.ones((3, 5)), None, {}, "W must have no mask"),
+        (np.ones((3, 5)), np.ma.ones(5), {}, "b must have no mask"),
+        (np.ones((3, 5)), np.ones(5, complex), {}, "b must be of real numbers, got complex128"),
+        (np.ones((3, 5)), ["1"] * 5, {}, "b must be of real numbers, got <U1"),
+        (np.ones((3, 5)), None, {"axis": "last"}, "axis must be an integer, got 'last'"),
+        (np.ones((3, 5)), None, {"axis": 1.0}, "axis must be an integer, got 1.0"),
     ],
 )
 def test_what_does_not_fit_the_layer_before_is_refused(rng, W, b, options, message):
@@ -287,8 +293,11 @@ def test_what_does_not_fit_the_layer_before_is_refused(rng, W, b, options, messa
         (np.ones((4, 3)), None, {}, r"5 inputs along axis -2.* axis 1.*got shape \(4, 3\)"),
         (np.ones((5, 5)), None, {}, r"W of shape \(5, 5\) may.*pass axis=-1 or axis=0"),
         (np.ones((3, 5, 2)), None, {}, r"W of shape \(3, 5, 2\) may"),
-        (np.ones((3, 5)), None, {"axis": -1}, r"5 inputs along axis -2.*got shape \(3, 5\)"),
-        (np.ones((5, 3)), None, {"axis": 1}, "axis must be -1 or 0, got 1"),
+        (np.ones((3, 5)), None, {"axis": -1}, r"5 inputs along axis 0.*got shape \(3, 5\)"),
+        (np.ones((5, 3, 2)), None, {"axis": 1}, "axis must be -1 or 0, got 1"),
+        (np.ones((5, 3)), None, {"axis": -3}, "axis must be -1 or 0, got -3"),
+        (np.ones((5, 3)), None, {"axis": "last"}, "axis must be an integer, got 'last'"),
+        (np.ma.ones((5, 3)), None, {}, "W must have no mask"),
         (np.ones((5, 3)), np.ones(5), {}, r"b must have shape \(3,\).* got \(5,\)"),
     ],
 )
@@ -297,9 +306,18 @@ def test_what_does_not_fit_the_layer_after_is_refused(rng, W, b, options, messag
         fold_next(trained(rng), W, b, **options)
 
 
+def test_an_axis_may_be_counted_from_either_end(rng):
+    layer, W = trained(rng), rng.standard_normal((FEATURES, FEATURES))
+    for function in (lambda axis: fold(W, None, layer, axis=axis),
+                     lambda axis: fold_next(layer, W, None, axis=axis)):  # fmt: skip
+        for one, other in ((0, -2), (1, -1)):
+            for a, b in zip(function(one), function(other), strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
 def test_arguments_in_the_order_of_the_other_function_are_refused(rng):
     layer = trained(rng)
-    with pytest.raises(TypeError, match=r"W must be of floats|layer must be a BatchNorm"):
+    with pytest.raises(TypeError, match=r"W must be an array|layer must be a BatchNorm"):
         fold(layer, np.ones((3, 5)), None)
     with pytest.raises(TypeError, match="layer must be a BatchNorm, got ndarray"):
         fold_next(np.ones((5, 3)), np.ones((5, 3)), layer)
