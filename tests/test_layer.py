@@ -1195,8 +1195,9 @@ def test_a_pickle_of_version_2_loads(rng):
     layer = trained(rng)
     state = layer.__getstate__() | {"version": 2}
     del state["_pickle_version"]
-    again = BatchNorm.__new__(BatchNorm)
+    again, before = BatchNorm.__new__(BatchNorm), dict(state)
     again.__setstate__(state)
+    assert state == before
     assert vars(again).keys() == vars(layer).keys()
     assert_same_state(snapshot(again), snapshot(layer))
 
