@@ -80,6 +80,21 @@ def as_float_dtype(name: str, dtype: Any) -> np.dtype[Any]:
     return found
 
 
+def refuse_overlapping_elements(out: Array) -> None:
+    """Refuse an `out` of which several elements are the same memory."""
+    if out.flags.c_contiguous:
+        return
+    reach = out.itemsize
+    axes = zip(out.strides, out.shape, strict=True)
+    for stride, size in sorted((abs(stride), size) for stride, size in axes if size > 1):
+        if stride < reach and out.size:
+            raise ValueError(
+                "out must have memory of its own for every element, got the shape "
+                f"{out.shape} with strides {out.strides}"
+            )
+        reach += (size - 1) * stride
+
+
 def refuse_mask(name: str, values: Any) -> None:
     """Refuse an array that has a mask of its own, and say what to pass instead."""
     if not isinstance(values, np.ndarray) or not hasattr(values, "mask"):

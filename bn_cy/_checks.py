@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from bn_cy._arguments import as_float_dtype, as_output, as_plain
+from bn_cy._arguments import as_float_dtype, as_output, as_plain, refuse_overlapping_elements
 from bn_cy._layout import axis_of
 
 
@@ -91,19 +91,21 @@ def check_same_or_apart(out, name, array):
 
 
 def check_apart_from_parameters(out, gamma, beta):
-    """Refuse an `out` that shares memory with a parameter."""
+    """Refuse an `out` that shares memory with a parameter, or whose elements share theirs."""
     for name, parameter in (("gamma", gamma), ("beta", beta)):
         if parameter is not None:
             refuse_shared(out, "gamma or beta", [as_plain(name, parameter)])
+    refuse_overlapping_elements(out)
 
 
 def check_apart_from_layer(out, layer):
-    """Refuse an `out` that shares memory with the arrays of a layer."""
+    """Refuse an `out` that shares memory with a layer's arrays, or whose elements share theirs."""
     if out is not None:
         target = as_output(out)
         refuse_shared(target, "gamma or beta", layer._params.values())
         refuse_shared(target, "the running statistics", layer._running.values())
         refuse_shared(target, "grads", [a for a in layer._grads.values() if a is not None])
+        refuse_overlapping_elements(target)
 
 
 def refuse_shared(out, what, arrays):

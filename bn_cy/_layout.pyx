@@ -14,7 +14,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memmove
 
-from bn_cy._arguments import as_index, as_plain, as_real
+from bn_cy._arguments import as_index, as_plain, as_real, refuse_overlapping_elements
 from bn_cy._buffers import relieved
 
 from bn_cy._buffers cimport Buffer
@@ -315,6 +315,7 @@ cdef class Batch:
             self.check_shape("out", out, given[0])
             if self.is_like(given[0]):
                 return out
+            refuse_overlapping_elements(out)
         array = self.empty()
         held[0] = hold(memory, "out", array)
         return array

@@ -1,5 +1,6 @@
 """What of a layer is kept: its state under PyTorch's names, pickles and copies."""
 
+import copyreg
 from copy import deepcopy
 from typing import Any
 
@@ -78,7 +79,8 @@ class Stateful:
 
     def __getstate__(self):
         """Everything but the cached batch and the lock, with copies of the arrays."""
-        state = {**self.__dict__, VERSION: PICKLE_VERSION, "_cache": None}
+        slots = {name: getattr(self, name) for name in slots_of(self) if hasattr(self, name)}
+        state = {**self.__dict__, **slots, VERSION: PICKLE_VERSION, "_cache": None}
         del state["_lock"]
         state["_params"] = deepcopy(self._params)
         state["grads"] = deepcopy(state.pop("_grads"))  # its name in every pickle
@@ -98,6 +100,8 @@ class Stateful:
                 f"and this bn_cy reads versions up to {PICKLE_VERSION}"
             )
         state["_grads"] = state.pop("grads")
+        for name in slots_of(self) & state.keys():
+            setattr(self, name, state.pop(name))
         arrays = {name: Arrays(state[name]) for name in ("_params", "_running")}
         self.__dict__.update(state, **arrays)
         give_lock(self)
@@ -110,6 +114,11 @@ class Stateful:
             "running_var": self.running_var,
         }
         return {name: array for name, array in arrays.items() if array is not None}
+
+
+def slots_of(layer):
+    """Return the names of the __slots__ that a subclass has beside the dictionary."""
+    return set(copyreg._slotnames(type(layer)))
 
 
 def entries_under(prefix: str, state: Any) -> dict[str, Any]:

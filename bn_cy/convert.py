@@ -136,9 +136,9 @@ def from_keras(
             "shift=False say that there is no gamma and no beta"
         )
     keys = [key for key, has in zip(STATE, there.values(), strict=True) if has]
-    values = dict(zip(names, weights, strict=True))
+    values = list(zip(keys, names, weights, strict=True))
     weight = _complement(checked_weight("momentum", momentum))
-    return _layer(values, keys, eps=eps, momentum=weight, unbiased=False, axis=axis)
+    return _layer(values, eps=eps, momentum=weight, unbiased=False, axis=axis)
 
 
 def to_keras(layer: BatchNorm) -> list[Array]:
@@ -216,15 +216,15 @@ def from_onnx(node: Any, initializers: Mapping[str, Any] | Sequence[Any]) -> Bat
     if missing:
         raise KeyError(f"initializers must have {names}, missing: {missing}")
     layer = _layer(
-        {name: values[name] for name in names},
-        STATE,
+        [(key, name, values[name]) for key, name in zip(STATE, names, strict=True)],
         eps=_as_written(given["epsilon"].f) if "epsilon" in given else 1e-5,
         momentum=_complement(_as_written(given["momentum"].f) if "momentum" in given else 0.9),
         unbiased=False,
     )
+    if "training_mode" in given:
+        return layer.train(bool(given["training_mode"].i))
     # Before version 14 of the operator more than one output is what makes a node train.
-    training = "training_mode" in given and given["training_mode"].i
-    return layer.train(bool(training) or len(node.output) > 1)
+    return layer.train(any(node.output[1:]))
 
 
 def to_onnx(layer: BatchNorm, *, prefix: str = "") -> tuple[Any, list[Any]]:
@@ -303,31 +303,31 @@ def _from_torch_state(state: Mapping[str, Any], prefix: str, **options: Any) -> 
             f"prefixes of batch norms: {there[:NAMED] or 'none'}"
         )
     keys = [key for key in STATE if key in own]
-    layer = _layer({prefix + key: own[key] for key in keys}, keys, **options)
+    layer = _layer([(key, prefix + key, own[key]) for key in keys], **options)
     if "num_batches_tracked" in own:
         tracked = _as_array("num_batches_tracked", own["num_batches_tracked"])
         layer.num_batches_tracked = checked_tracked(tracked)
     return layer
 
 
-def _layer(values: Mapping[str, Any], keys: Iterable[str], **options: Any) -> BatchNorm:
-    """Return a layer with these values: by the names of their source, and the keys of our state."""
-    arrays = {name: _as_array(name, value) for name, value in values.items()}
-    shapes = {name: array.shape for name, array in arrays.items()}
-    first = next(iter(arrays.values()))
+def _layer(values: Iterable[tuple[str, str, Any]], **options: Any) -> BatchNorm:
+    """Return a layer with these values, each with the key of our state and its name elsewhere."""
+    named = {key: (name, _as_array(name, value)) for key, name, value in values}
+    shapes = {name: array.shape for name, array in named.values()}
+    _, first = next(iter(named.values()))
     if first.ndim != 1 or len(set(shapes.values())) > 1:
         raise ValueError(f"a batch norm has one value per feature of each, got the shapes {shapes}")
-    names = dict(zip(keys, arrays, strict=True))
     layer = BatchNorm(
         len(first),
-        scale="weight" in names,
-        shift="bias" in names,
-        track_running_stats="running_mean" in names,
+        scale="weight" in named,
+        shift="bias" in named,
+        track_running_stats="running_mean" in named,
         dtype=np.float64 if first.dtype.itemsize > 4 else np.float32,
         **options,
     )
     for key, array in layer._state_arrays().items():
-        array[...] = fitted(key, arrays[names[key]], array, names[key])
+        name, value = named[key]
+        array[...] = fitted(key, value, array, name)
     return layer
 
 

@@ -103,6 +103,8 @@ def _statistic(bn_param: dict[str, Any], name: str, x: Array) -> Array:
             f'bn_param["{name}"] must have shape {features}, one value per feature, '
             f"got {array.shape}"
         )
+    if name == "running_var" and (array < 0).any():
+        raise ValueError(f'bn_param["{name}"] must not be negative, got {array.min()}')
     return array
 
 

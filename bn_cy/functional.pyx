@@ -22,7 +22,7 @@ library in the processor's memory is taken as it is, as x, as dout and as ``out`
 from bn_cy._buffers import clear_buffers
 from bn_cy._calls import Cache
 from bn_cy._checks import check_apart_from_parameters
-from bn_cy._arguments import as_plain
+from bn_cy._arguments import as_plain, refuse_overlapping_elements
 from bn_cy._masks import Kept
 from bn_cy._moments import Moments
 from bn_cy._resources import _stream_from  # no-cython-lint: for tests and measurements
@@ -232,6 +232,7 @@ def batchnorm_backward(dout, cache, *, out=None):
     if kept is None:
         return gradients(cache, dout, out)
     target = kept.target(out)
+    refuse_overlapping_elements(target)
     dx, dgamma, dbeta, *dresidual = gradients(cache, kept.gather("dout", dout), None)
     return (
         kept.scatter(dx, target, out), dgamma, dbeta,

@@ -337,6 +337,8 @@ def test_from_onnx(rng, attributes, momentum, eps):
         ({"training_mode": 1, "outputs": ("Y", "mean", "var")}, True),
         ({"training_mode": 1}, True),
         ({"training_mode": 0}, False),
+        ({"training_mode": 0, "outputs": ("Y", "mean", "var")}, False),
+        ({"outputs": ("Y", "", "")}, False),
         ({"outputs": ("Y", "mean", "var", "saved_mean", "saved_var")}, True),
         ({"spatial": 1}, False),
     ],
@@ -344,6 +346,17 @@ def test_from_onnx(rng, attributes, momentum, eps):
 def test_nodes_that_train(rng, case, training):
     initializers = dict(zip(NAMES, values(rng), strict=True))
     assert convert.from_onnx(node(**case), initializers).training is training
+
+
+def test_inputs_of_a_node_may_be_the_same_initializer():
+    one, zero = np.ones(5, np.float32), np.zeros(5, np.float32)
+    merged = convert.from_onnx(
+        node(inputs=("X", "one", "zero", "zero", "one")), {"one": one, "zero": zero}
+    )
+    for name, values in zip(convert.STATE, (one, zero, zero, one), strict=True):
+        np.testing.assert_array_equal(merged.state_dict()[name], values)
+    merged.gamma *= 2
+    assert np.all(merged.running_var == 1) and np.all(one == 1)
 
 
 @pytest.mark.parametrize(

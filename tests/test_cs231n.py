@@ -167,6 +167,7 @@ def test_a_wrong_mode_is_named():
         ({"running_var": np.zeros(4)}, ValueError, r'"running_var"\] must .*\(3,\), .* got \(4,\)'),
         ({"running_mean": ["1", "2", "3"]}, TypeError, "must be of real numbers, got <U1"),
         ({"running_mean": np.ma.zeros(3)}, TypeError, "must have no mask"),
+        ({"running_var": np.array([1.0, -2, 0])}, ValueError, r"not be negative, got -2\.0"),
     ],
 )
 def test_a_bn_param_that_does_not_fit_is_refused_and_kept(rng, mode, given, kind, message):

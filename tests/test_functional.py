@@ -11,6 +11,7 @@ from exact import COMBINATIONS, LAYOUTS, TOLERANCE, arrays_within, error
 
 import bn_cy
 from bn_cy import (
+    BatchNorm,
     batchnorm_backward,
     batchnorm_forward,
     functional,
@@ -1228,3 +1229,23 @@ def test_an_x_that_was_copied_may_change(rng):
     _, cache = batchnorm_forward(x)
     x *= 2
     batchnorm_backward(x, cache)
+
+
+@pytest.mark.parametrize("function", [batchnorm_forward, BatchNorm(3), BatchNorm(3).eval()])
+@pytest.mark.parametrize("strides", [(0, 4), (4, 4), (8, 4), (12, 0), (-8, 4)])
+def test_an_output_whose_elements_are_the_same_memory_is_refused(rng, function, strides):
+    x = rng.standard_normal((6, 3)).astype(np.float32)
+    memory = np.zeros(40, np.float32)
+    out = np.lib.stride_tricks.as_strided(memory[20:], x.shape, strides)
+    for options in ({}, {"mask": np.arange(6) > 1}):
+        if function is batchnorm_forward or not options:
+            with pytest.raises(ValueError, match="out must have memory of its own for every"):
+                function(x, out=out, **options)
+    assert not memory.any()
+
+
+@pytest.mark.parametrize("strides", [(12, 4), (-12, 4), (24, 8), (4, 24), (32, 4)])
+def test_an_output_of_any_strides(rng, strides):
+    x = rng.standard_normal((6, 3)).astype(np.float32)
+    out = np.lib.stride_tricks.as_strided(np.zeros(80, np.float32)[20:], x.shape, strides)
+    np.testing.assert_array_equal(batchnorm_forward(x, out=out)[0], batchnorm_forward(x)[0])

@@ -1206,11 +1206,19 @@ class Named(BatchNorm):
     """A layer with attributes of its own."""
 
 
-def test_attributes_of_a_subclass_are_kept(rng):
-    layer = Named(5)
+class Slotted(BatchNorm):
+    """One with a slot, and one that is never filled."""
+
+    __slots__ = ("grade", "unused")
+
+
+@pytest.mark.parametrize("kind", [Named, Slotted])
+def test_attributes_of_a_subclass_are_kept(rng, kind):
+    layer = kind(5)
     layer.version, layer.grade = "v7", 3
     for again in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), copy.copy(layer)):
         assert (again.version, again.grade) == ("v7", 3)
+        assert not hasattr(again, "unused")
         assert vars(again).keys() == vars(layer).keys()
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import bn_cy
 from bn_cy.torch import _arrays
@@ -73,7 +74,7 @@ def batch_norm(
             "the batch norm of bn_cy.torch has no rules for the transforms of torch.func; that of "
             "torch.nn has them"
         )
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:  # there are no tangents
         return compute(input, weight, bias, *settings)[0]
     return BatchNormalization.apply(input, weight, bias, settings)  # type: ignore[no-untyped-call, no-any-return]
 

@@ -10,6 +10,8 @@ from bn_cy.torch.functional import batch_norm
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
+REFUSALS = (TypeError, ValueError, MemoryError, NotImplementedError)
+
 
 class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """Batch norm of a PyTorch model on the CPU, for any number of dimensions after the channels.
@@ -60,13 +62,19 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if self.training and not self.track_running_stats:
             running_mean = running_var = None
         tracked = self.num_batches_tracked if self.training and self.track_running_stats else None
+        if tracked is not None:
+            # Before the statistics, as in torch.nn: when a checkpoint computes a forward again, it
+            # ends by an exception as soon as all is saved, and the statistics are updated by then.
+            tracked.add_(1)
         momentum = self.momentum
         if momentum is None:
-            momentum = 0.0 if tracked is None else 1.0 / (float(tracked) + 1.0)
-        y = self._batch_norm(input, running_mean, running_var, measured, momentum)
-        if tracked is not None:
-            tracked.add_(1)
-        return y
+            momentum = 0.0 if tracked is None else 1.0 / float(tracked)
+        try:
+            return self._batch_norm(input, running_mean, running_var, measured, momentum)
+        except REFUSALS:
+            if tracked is not None:
+                tracked.sub_(1)
+            raise
 
     def _batch_norm(
         self,

@@ -286,6 +286,42 @@ def test_checkpointing(rng, training):
     assert_close(*found)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpointing_counts_as_pytorch_does(rng, momentum):
+    """The forward that is computed again ends by an exception, once all tensors are saved."""
+    x, dout = batch(rng, (20, 6))
+    states = []
+    for module in twins(rng, nn.BatchNorm1d, momentum=momentum):
+        for k in range(3):
+            leaf = (x + k).requires_grad_()
+            torch.utils.checkpoint.checkpoint(module, leaf, use_reentrant=False).backward(dout)
+        states.append(module.state_dict())
+    theirs, ours = states
+    assert ours["num_batches_tracked"] == theirs["num_batches_tracked"]
+    for name in ("running_mean", "running_var"):
+        assert_close([ours[name]], [theirs[name]])
+
+
+def test_a_refused_batch_is_not_counted(rng):
+    module = bn_cy.torch.BatchNorm1d(5)
+    for x in (torch.ones(4, 3), torch.ones(1, 5), torch.ones(4, 5, dtype=torch.int64)):
+        with pytest.raises((TypeError, ValueError)):
+            module(x)
+    assert module.num_batches_tracked == 0
+    assert not module.running_mean.any()
+
+
+@compiled
+def test_forward_derivatives_are_refused_with_and_without_gradients(rng):
+    x, tangent = batch(rng, (20, 6))
+    module = bn_cy.torch.BatchNorm1d(6)
+    for grad in (True, False):
+        with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(grad):
+            dual = torch.autograd.forward_ad.make_dual(x, tangent)
+            with pytest.raises(NotImplementedError):
+                module(dual)
+
+
 def test_saved_tensors_that_hooks_copy(rng):
     ours = bn_cy.torch.BatchNorm(6)
     x, dout = batch(rng, (20, 6))
