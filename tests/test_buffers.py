@@ -314,13 +314,14 @@ def test_no_memory_for_the_partial_sums(tmp_path, call, megabytes, direction, po
             bn_cy.clear_buffers()
         words = open("/proc/self/statm").read().split()
         size = int(words[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + ({megabytes} << 20), -1))
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (size + ({megabytes} << 20), hard))
         try:
             got = bn_cy.{call}
         except MemoryError as error:
             print(error)
         else:
-            resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
             expected = bn_cy.{call}
             assert all(np.array_equal(*pair) for pair in zip(got, expected, strict=True))
     """

@@ -14,6 +14,7 @@ from bn_cy.torch.operators import batch_norm_backward, traced
 __all__ = ["batch_norm"]
 
 FLOATS = (torch.float32, torch.float64)
+ROWS = ("running_mean", "running_var", "weight", "bias")
 
 
 def batch_norm(
@@ -65,7 +66,7 @@ def batch_norm(
 
     NaN and infinity are no error, and go into the running statistics, as in PyTorch.
     """
-    check(input, running_mean, running_var, training, eps)
+    check(input, running_mean, running_var, weight, bias, training, eps)
     settings = (running_mean, running_var, training, momentum, eps)
     if torch.compiler.is_compiling() or is_recorded(input):
         return traced(input, weight, bias, *settings)
@@ -147,11 +148,17 @@ def check(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     training: bool,
     eps: float,
 ) -> None:
-    """Refuse what PyTorch refuses and what the kernels cannot take; bn_cy looks at the shapes."""
+    """Refuse what PyTorch refuses and what the kernels cannot take."""
     check_floats(input)
+    channels = input.shape[1:2]
+    for name, row in zip(ROWS, (running_mean, running_var, weight, bias), strict=True):
+        if row is not None and (row.dtype not in FLOATS or row.shape != channels):
+            raise unfit(name, row, input)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be given, or both be None")
     if running_mean is None and not training:
@@ -161,6 +168,18 @@ def check(
             f"Expected more than 1 value per channel when training, got input size {input.size()}"
         )
     check_eps(eps, training)
+
+
+def unfit(name: str, row: Tensor, input: Tensor) -> TypeError | ValueError:
+    """Return the error of what is not one number for each channel."""
+    if row.dtype not in FLOATS:
+        return TypeError(f"{name} must be of torch.float32 or torch.float64, got {row.dtype}")
+    if input.dim() < 2:
+        return ValueError(f"input must have two dimensions or more, got {tuple(input.shape)}")
+    return ValueError(
+        f"{name} must have shape ({input.size(1)},), one for each channel of the input of shape "
+        f"{tuple(input.shape)}, got {tuple(row.shape)}"
+    )
 
 
 def check_floats(input: Tensor) -> None:

@@ -426,6 +426,18 @@ def test_other_dimensions_are_refused_as_by_pytorch(cls):
         bn_cy.torch.BatchNorm(6)(torch.ones(6))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+def test_rows_of_other_dtypes_and_shapes_are_named(name, dtype, training):
+    rows = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "weight": torch.ones(3)}
+    wrong = torch.ones(3, dtype=dtype)
+    with pytest.raises(TypeError, match=f"^{name} must be of .*, got {dtype}$"):
+        bn_cy.torch.batch_norm(torch.ones(4, 3), **rows | {name: wrong}, training=training)
+    with pytest.raises(ValueError, match=rf"^{name} must have shape \(3,\), .* got \(5,\)$"):
+        bn_cy.torch.batch_norm(torch.ones(4, 3), **rows | {name: torch.ones(5)}, training=training)
+
+
 def test_statistics_that_are_missing_are_refused():
     x, row = torch.randn(4, 6), torch.ones(6)
     with pytest.raises(ValueError, match="both be given"):
