@@ -23,7 +23,12 @@ def naming(what):
 
 
 def check_several(name, arrays):
-    """Refuse one array in the place of several: its rows would be taken for them."""
+    """Refuse what holds no arrays, and one array alone, whose rows would be taken for them."""
+    try:
+        iter(arrays)
+    except TypeError:
+        kind = type(arrays).__name__
+        raise TypeError(f"{name} must be several arrays, such as a list, got {kind}") from None
     if getattr(arrays, "ndim", 3) < 3:
         raise TypeError(
             f"{name} must be several arrays, got one of shape {tuple(arrays.shape)}: pass it in a "

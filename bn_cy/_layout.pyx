@@ -395,7 +395,7 @@ def copy_all(list sources, list targets):
     try:
         for array in targets:
             if hold(&memory, "array", array).readonly:
-                raise ValueError("assignment destination is read-only")
+                raise ValueError("an array of the layer is read-only: none of them was written")
         for array in sources:
             hold(&memory, "array", array)
         for i in range(count):

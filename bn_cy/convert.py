@@ -215,10 +215,11 @@ def from_onnx(node: Any, initializers: Mapping[str, Any] | Sequence[Any]) -> Bat
     missing = [name for name in names if name not in values]
     if missing:
         raise KeyError(f"initializers must have {names}, missing: {missing}")
+    momentum = _as_written(given["momentum"].f) if "momentum" in given else 0.9
     layer = _layer(
         [(key, name, values[name]) for key, name in zip(STATE, names, strict=True)],
         eps=_as_written(given["epsilon"].f) if "epsilon" in given else 1e-5,
-        momentum=_complement(_as_written(given["momentum"].f) if "momentum" in given else 0.9),
+        momentum=_complement(checked_weight("momentum", momentum)),
         unbiased=False,
     )
     if "training_mode" in given:

@@ -364,6 +364,7 @@ def test_inputs_of_a_node_may_be_the_same_initializer():
     [
         ({"op_type": "InstanceNormalization"}, "BatchNormalization, got InstanceNormalization"),
         ({"spatial": 0}, "spatial=0"),
+        ({"momentum": 1.5}, r"momentum must be from 0 to 1, got 1\.5"),
         ({"inputs": ("X", "bn.scale")}, "inputs X, scale, B, input_mean, input_var, got"),
         ({"inputs": ("X", *NAMES[:3], "elsewhere")}, r"missing: \['elsewhere'\]"),
     ],

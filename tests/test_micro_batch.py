@@ -281,7 +281,7 @@ def parts_with(part):
         ({"parts": parts_with(None)}, TypeError, "part 1: x must be an array"),
         ({"parts": parts_with(X[1, 0])}, ValueError, "part 1: x must have two dimensions"),
         ({"parts": parts_with(np.ma.array(X[1]))}, TypeError, "part 1: x must have no mask"),
-        ({"parts": 3}, TypeError, "not iterable"),
+        ({"parts": 3}, TypeError, "parts must be several arrays, such as a list, got int"),
         ({"residuals": X[:2]}, ValueError, "residuals must have an array for each of the 3"),
         ({"residuals": parts_with(NARROW)}, ValueError, "part 1: residual must have the shape"),
         ({"residuals": parts_with(np.float32(X[1]))}, ValueError, "part 1: residual must have"),

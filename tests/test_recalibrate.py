@@ -152,7 +152,7 @@ def failing(parts):
         (lambda p: [[[1.0], [2.0, 3.0]]], ValueError, "batch 0: x must be an array, got list"),
         (lambda p: [], ValueError, "batches must hold two values per feature or more, got 0"),
         (lambda p: [np.zeros((1, 5))], ValueError, "two values per feature or more, got 1"),
-        (lambda p: 3, TypeError, "not iterable"),
+        (lambda p: None, TypeError, "batches must be several arrays, such as a list, got NoneType"),
     ],
 )
 def test_bad_input_leaves_the_layer_unchanged(rng, spoil, kind, message):
