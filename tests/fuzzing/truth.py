@@ -19,7 +19,7 @@ SMALLEST = wide(np.finfo(float).smallest_subnormal)
 # Roundings of a value that makes most of a variance, which nothing averages: of x - shift, which
 # counts twice in the square, of that, and of three sums in its group.
 LONE = 6
-# Of dout, the share that its products with xhat are where it is 0 but near the mean: see the
+# Of dout, the share that its products with xhat are where it is 0 except near the mean: see the
 # contract's words on dgamma.
 NEAR = 0.1
 
