@@ -19,6 +19,9 @@ SMALLEST = wide(np.finfo(float).smallest_subnormal)
 # Roundings of a value that makes most of a variance, which nothing averages: of x - shift, which
 # counts twice in the square, of that, and of three sums in its group.
 LONE = 6
+# Rows whose sum is added to another one. Sums of float64 are no wider than the data: beside a value
+# that makes most of the variance the others are alike, and all additions may round the same way.
+GROUP = 8
 # Of dout, the share that its products with xhat are where it is 0 except near the mean: see the
 # contract's words on dgamma.
 NEAR = 0.1
@@ -34,6 +37,7 @@ class Contract:
         self.dtype = dtype
         self.y, self.dx, self.sums, self.mean = (b * scale for b in (Y, DX, SUMS, MEAN))
         self.var = VAR if single else 1e-12
+        self.alike = 0 if single else HALF_ULP / GROUP
         self.unit = wide(limits.eps) / 2  # the rounding of one operation
         self.least = wide(limits.smallest_subnormal)
         self.tiny, self.largest = wide(limits.tiny), wide(limits.max)
@@ -61,15 +65,15 @@ class Expected:
 class Truth:
     """A batch as (features, values), its statistics, its own or given ones, and xhat.
 
-    Statistics of its own are those of x less its first value: at an offset of 1e13 even 80 bits
-    lose digits.
+    Statistics of its own are those of x less a value near the mean: at an offset of 1e13, or
+    from an outlier of 1e30, even 80 bits lose digits.
     """
 
     def __init__(self, x, eps, dtype, given=None):
         self.limits = Contract(dtype)
         self.x, self.eps, self.measured = x, wide(eps), given is None
         if self.measured:
-            origin = x[:, :1]
+            origin = near_mean(x)
             self.count, rest, self.var = statistics(x - origin, axis=0)
             self.mean = origin[:, 0] + rest
             x = x - origin
@@ -84,9 +88,11 @@ class Truth:
         )
         self.deviation = np.sqrt(self.var)[:, None]
         self.invstd_error = 3 * HALF_ULP  # var + eps, the root and its reciprocal
+        self.alike_error = np.zeros_like(self.invstd)  # of var, relative
         self.shift_error = np.zeros_like(self.invstd)  # of xhat, where the mean is not exact
         if self.measured:  # what the contract allows the statistics; that on y is narrower
-            self.invstd_error += min(self.limits.var / 2, self.limits.y)
+            self.alike_error[self._lone()] = self.limits.alike * self.count
+            self.invstd_error += min(self.limits.var / 2, self.limits.y) + self.alike_error / 2
             self.shift_error = self.limits.mean * self.deviation * self.invstd
         self.errors = self.invstd_error * np.abs(self.xhat) + self.shift_error
 
@@ -116,10 +122,14 @@ class Truth:
         if not self.measured:
             return Expected(self.var, np.zeros_like(self.var))
         c = self.limits
-        squares = (self.x - self.mean[:, None]) ** 2
-        lone = 2 * squares.max(axis=1, initial=0) > squares.sum(axis=1)
-        error = np.where(lone, np.maximum(c.var, LONE * c.unit), c.var)
+        error = np.where(self._lone(), np.maximum(c.var, LONE * c.unit), c.var)
+        error = error + self.alike_error[:, 0]
         return Expected(self.var, error * self.var, slack=self._small(self.var > 0, 4 * SMALLEST))
+
+    def _lone(self):
+        """Tell of which features one value makes most of the variance."""
+        squares = (self.x - self.mean[:, None]) ** 2
+        return 2 * squares.max(axis=1, initial=0) > squares.sum(axis=1)
 
     # The second pass of the forward
 
@@ -141,7 +151,8 @@ class Truth:
             bound = bound + c.unit * np.abs(bare)
             terms = terms + np.abs(residual)
         value = np.maximum(value, 0) if relu else value
-        return Expected(value, bound, c.y, terms, slack, self.in_range(gamma, product, value))
+        contract = c.y + self.alike_error.max(initial=0)
+        return Expected(value, bound, contract, terms, slack, self.in_range(gamma, product, value))
 
     @staticmethod
     def _small(where, size):
@@ -210,8 +221,18 @@ class Truth:
         small = 4 + np.abs(self.xhat) + np.abs(self.x - self.mean[:, None]) * np.abs(mean_product)
         slack = self._small(slope > 0, c.least * (slope * small + 2 + parts))
         promised = self.in_range(gamma, self.xhat, dout, product, kept, value)
-        contract = c.dx if sums is None else np.inf  # it is on dx of sums over this batch
+        # It is on dx of sums over this batch.
+        contract = c.dx + self.alike_error.max(initial=0) if sums is None else np.inf
         return Expected(value, slope * inner, contract, slope * parts, slack, promised, False)
+
+
+def near_mean(x):
+    """Return the value of every feature that is nearest its mean, as a column."""
+    first = x[:, :1]
+    _, rest, _ = statistics(x - first, axis=0)
+    distance = np.abs(x - first - rest[:, None])
+    distance[np.isnan(distance)] = np.inf
+    return np.take_along_axis(x, distance.argmin(axis=1)[:, None], axis=1)
 
 
 def norms(rows):
