@@ -1,6 +1,6 @@
 """What a caller gave, as arrays, integers and dtypes; errors name the argument.
 
-Of arrays it needs NumPy's own protocols alone, so that those of other libraries are arrays, too.
+Whatever speaks one of NumPy's protocols is an array, such as a tensor of another library.
 """
 
 import contextlib

@@ -14,8 +14,8 @@ from libc.math cimport INFINITY
 from libc.stdint cimport INT64_MAX, int64_t
 from libc.string cimport memcpy, memset
 
-from bn_cy._buffers import POOL
 from bn_cy._arguments import as_output
+from bn_cy._buffers import POOL
 
 from bn_cy._buffers cimport new_block
 from bn_cy._resources cimport is_short, resources_for
@@ -128,8 +128,8 @@ cdef Cache measured_cache(x, axis):
     if batch.count == 1 and batch.size:
         raise ValueError(
             f"x must have two values per feature or more to have a variance, got one: "
-            f"shape {batch.array.shape}, axis {axis} (by statistics that are given, as a layer's "
-            f"running ones are in eval mode, one can be normalized)"
+            f"shape {batch.array.shape}, axis {axis} (one can be normalized by given statistics, "
+            f"such as a layer's running ones in eval mode)"
         )
     cache.values = batch.count
     return cache

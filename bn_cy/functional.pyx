@@ -19,10 +19,10 @@ permutation of its axes, is used as it is; any other is copied once. An array or
 library in the processor's memory is taken as it is, as x, as dout and as ``out``.
 """
 
+from bn_cy._arguments import as_plain, refuse_overlapping_elements
 from bn_cy._buffers import clear_buffers
 from bn_cy._calls import Cache
 from bn_cy._checks import check_apart_from_parameters
-from bn_cy._arguments import as_plain, refuse_overlapping_elements
 from bn_cy._masks import Kept
 from bn_cy._moments import Moments
 from bn_cy._resources import _stream_from  # no-cython-lint: for tests and measurements

@@ -163,7 +163,7 @@ class BatchNorm(Stateful):
         self._cache, self._cached_mode = None, True
         give_lock(self)
 
-    _caches = (functional.Cache, _ghosts.GhostCache)  # that a backward takes
+    _cache_types = (functional.Cache, _ghosts.GhostCache)  # that a backward takes
     params = fixed(
         "params",
         "The parameters by name; what is assigned is copied into them.",
@@ -522,7 +522,7 @@ class BatchNorm(Stateful):
             self._grads[name] = found[name]
 
     def _check_cache(self, cache):
-        if not isinstance(cache, self._caches):
+        if not isinstance(cache, self._cache_types):
             raise TypeError(f"cache must be a Cache, got {type(cache).__name__}")
         has = (cache.num_features, cache.scaled, cache.shifted)
         wanted = (self._num_features, "gamma" in self._params, "beta" in self._params)

@@ -91,7 +91,7 @@ class SyncBatchNorm(BatchNorm):
         super().__init__(num_features, **options)
         self.comm = comm
 
-    _caches = (Cache, PartCache)
+    _cache_types = (Cache, PartCache)
     ghost_batch_size = checked(
         "ghost_batch_size", without_groups, "None: the batch is one, that of all ranks."
     )

@@ -1240,7 +1240,7 @@ def test_a_batch_without_the_feature_axis_is_refused():
 def test_a_batch_of_channels_last_is_hinted_at(rng):
     with pytest.raises(ValueError, match=r"features along axis 1.*last axis: axis=-1"):
         BatchNorm(5)(np.ones((7, 3, 5), np.float32))
-    with pytest.raises(ValueError, match=r"two values per feature or more.*in eval mode, one can"):
+    with pytest.raises(ValueError, match=r"two values per feature or more.*ones in eval mode"):
         BatchNorm(5)(np.ones((1, 5), np.float32))
 
 

@@ -54,15 +54,15 @@ def batch_of(options: argparse.Namespace, rng: np.random.Generator) -> Trace:
 def read_csv(path: Path) -> NDArray[np.float64]:
     """Read numbers separated by commas; a first line that holds none names the columns."""
     rows: list[list[float]] = []
-    names = None
+    named = False  # whether a line that names the columns has come
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         for cells in reader:
             if not "".join(cells).strip() and len(cells) < 2:
                 continue  # an empty line
             wrong = [cell for cell in cells if not is_number(cell)]
-            if names is None and not rows and len(wrong) == len(cells):
-                names = cells
+            if not (named or rows) and len(wrong) == len(cells):
+                named = True
                 continue
             where = f"{path}, line {reader.line_num}"
             if wrong:
