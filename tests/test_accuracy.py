@@ -378,12 +378,16 @@ def test_values_that_come_by_turns(rng, shape, axis, period):
     assert dgamma_error(dgamma, dout, x, axis) <= SUMS
 
 
-def test_two_values_whose_difference_is_rounded_and_has_few_digits(rng):
+@pytest.mark.parametrize(
+    ("often", "other", "share"),
+    [(-0.41139230132102966, -1.1484071016311646, 0.1), (-6.9614105, -0.7791593, 0.03)],
+)
+def test_two_values_whose_difference_is_rounded_and_has_few_digits(rng, often, other, share):
     """The shift is the one that all samples are, so that its own deviations say nothing; and those
     of the other, which were all rounded, end in zeros as if they had not been."""
-    often, other = np.float32(-0.41139230132102966), np.float32(-1.1484071016311646)
+    often, other = np.float32(often), np.float32(other)
     x = np.full((16_000, 3), often)
-    x[rng.random(x.shape) < 0.1] = other
+    x[rng.random(x.shape) < share] = other
     x[::1000] = often  # the samples
     assert (other - often).view(np.uint32) & 0xFF == 0
     dout = np.full_like(x, 1000)

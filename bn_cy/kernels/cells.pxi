@@ -23,8 +23,8 @@ cdef void sum_cell(
             sum_run(
                 &columns[FIRST, p.column], &columns[SECOND, p.column],
                 &x[0, 0, 0] + p.offset, &dout[0, 0, 0] + p.offset, p.rows, p.width, g.stride,
-                &g.signs, p.offset, centres[CENTRE, p.column], centres[CENTRE_SCALE, p.column],
-                gate_at(centres, p.column, way), way)
+                &g.signs, p.offset, centres[MINUS_CENTRE, p.column],
+                centres[CENTRE_SCALE, p.column], gate_at(centres, p.column, way), way)
         else:
             sum_columns(
                 columns, rows_of(&x[0, 0, 0] + p.offset, p.rows, p.width, g.stride),

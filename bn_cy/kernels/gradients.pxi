@@ -54,11 +54,11 @@ cdef inline void find_centres(
     """What dgamma is summed about, and a factor, such that hardly a term is rounded on the way."""
     cdef Py_ssize_t f
     for f in range(s.shape[1]):
-        centres[CENTRE, f] = coarse(s[MEAN, f], root_below(s[VAR, f]))
+        centres[MINUS_CENTRE, f] = -coarse(s[MEAN, f], root_below(s[VAR, f]))
         centres[CENTRE_SCALE, f] = power_below(s[INVSTD, f])
     if single_precision:
         for f in range(s.shape[1]):
-            centres[CENTRE, f] = <float>centres[CENTRE, f]
+            centres[MINUS_CENTRE, f] = <float>centres[MINUS_CENTRE, f]
 
 
 cdef inline void spread_gate(
@@ -141,10 +141,12 @@ cdef void find_dgamma(
     """sum(dout*xhat) from the sum about the centre; what that leaves of the mean weighs
     sum(dout)."""
     cdef Py_ssize_t f
+    cdef double left
     for f in range(s.shape[1]):
+        left = (s[MEAN, f] + centres[MINUS_CENTRE, f]) + s[REST, f]
         sums[SECOND, f] = (
             sums[SECOND, f] * reciprocal(centres[CENTRE_SCALE, f])
-            - ((s[MEAN, f] - centres[CENTRE, f]) + s[REST, f]) * sums[FIRST, f]) * s[INVSTD, f]
+            - left * sums[FIRST, f]) * s[INVSTD, f]
 
 
 cdef inline void store_gradient(

@@ -8,6 +8,7 @@
 cdef extern from *:
     """
     #include <float.h>
+    #include <math.h>
     #include <stdint.h>
     #include <string.h>
     #ifndef BN_CY_FLAGS
@@ -18,6 +19,11 @@ cdef extern from *:
     #define BN_STREAMS 1
     #else
     #define BN_STREAMS 0
+    #endif
+    #if defined(__GNUC__)
+    #define BN_OPAQUE __attribute__((used))  /* as if assembly might write it */
+    #else
+    #define BN_OPAQUE
     #endif
     #if defined(_MSC_VER)
     #pragma fp_contract(off)  /* on by default before Visual Studio 2022 */
@@ -95,7 +101,7 @@ cdef extern from *:
     /* value where a > b, else 0: by an AND. Of a select, and of a mask whose zeros it knows, GCC
        makes a masked load, which waits for a. */
     #if defined(__AVX512F__) && defined(__GNUC__)
-    __attribute__((visibility("hidden"))) long bn_nothing;  /* 0, which GCC does not know */
+    static BN_OPAQUE long bn_nothing;  /* 0, which GCC does not know */
     #else
     enum { bn_nothing };
     #endif
@@ -116,15 +122,11 @@ cdef extern from *:
         return bits;
     }
 
-    /* The bits of a value that equals another, else none. */
-    static inline uint32_t bn_repeated(float a, float b) {
-        return bn_float_bits(a) & -(uint32_t)(bn_float_bits(a) == bn_float_bits(b));
-    }
-
-    /* The bits of a product that equals another, and of its factor, unless it is 0; else none. */
-    static inline uint32_t bn_repeated_product(float a, float b, float factor) {
-        uint32_t same = (bn_float_bits(a) == bn_float_bits(b)) & (a != 0);
-        return (bn_float_bits(a) | bn_float_bits(factor)) & -same;
+    /* NaN where there is doubt. GCC must not know its value: it would then select after the
+       conversion to double, in twice as many vectors. */
+    static BN_OPAQUE float bn_nan = NAN;
+    static inline float bn_doubted(float value, uint32_t doubt) {
+        return doubt ? bn_nan : value;
     }
 
     /* Which of 8*bytes values are positive, a bit each from the lowest of a byte on. */
@@ -241,6 +243,7 @@ cdef extern from *:
     #endif
     }
     """
+    ctypedef double *unshared "double *__restrict"  # what no other argument points to
     float[::1] float_row "bn_row"(
         const void *start, Py_ssize_t width, Py_ssize_t size) noexcept nogil
     double[::1] double_row "bn_row"(
@@ -266,9 +269,7 @@ cdef extern from *:
     float where_float "bn_where_float"(float value, float a, float b) noexcept nogil
     double where_double "bn_where_double"(double value, double a, double b) noexcept nogil
     unsigned float_bits "bn_float_bits"(float value) noexcept nogil
-    unsigned repeated_bits "bn_repeated"(float a, float b) noexcept nogil
-    unsigned repeated_product "bn_repeated_product"(
-        float a, float b, float factor) noexcept nogil
+    float doubted_float "bn_doubted"(float value, unsigned doubt) noexcept nogil
     void sign_floats "bn_sign_floats"(
         unsigned char *bits, const float *y, size_t bytes) noexcept nogil
     void sign_doubles "bn_sign_doubles"(

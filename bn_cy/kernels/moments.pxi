@@ -71,6 +71,20 @@ cdef inline void set_moments(
     s[VAR, f] = 0 if var < 0 else var
 
 
+cdef void doubt_fine_shifts(
+    double[:, ::1] sums, const double[:, ::1] s, Py_ssize_t count,
+) noexcept nogil:
+    """Make NaN of the second sum where the shift is not in few digits, as all samples were the same
+    value, and others are not: the differences to it were rounded. Where it is beyond 2,048 standard
+    deviations they are exact."""
+    cdef Py_ssize_t f
+    cdef double far = 4194304 / <double>count  # 2048^2, of the sum of squares
+    for f in range(s.shape[1]):
+        if ((float_bits(<float>s[MEAN, f]) & FINE_BITS) != 0) & (
+                s[MEAN, f] * s[MEAN, f] < far * sums[SECOND, f]):
+            sums[SECOND, f] = NAN
+
+
 cdef inline double far_from(Py_ssize_t count) noexcept nogil:
     """(mean - shift)^2/var from which a feature is summed again. This ratio multiplies the rounding
     error of the sum of squares, which is smaller where there are more values. A feature that is
@@ -99,13 +113,23 @@ cdef bint find_moments(
     return doubt != 0
 
 
+cdef inline void spread_shift(
+    real[:, ::1] columns, const double[:, ::1] s, const Grid *g, const Block *b,
+) noexcept nogil:
+    """Minus the shift, which the mean holds, of every column."""
+    cdef Py_ssize_t f
+    for f in range(b.size):
+        columns[MINUS_CENTRE, f] = -<real>s[MEAN, f]
+    expand(row_of(&columns[MINUS_CENTRE, 0], b.width), g, b)
+
+
 cdef inline void sum_deviations(
     double[:, ::1] total, const floating[:, :, ::1] x, double[:, ::1] s, real *scratch,
     const Grid *g, const Block *b, double[:, :, ::1] levels,
 ) noexcept nogil:
     """The sums of a block about its shift, in the type of the scratch."""
     cdef real[:, ::1] centres = rows_of(scratch, CENTRES, b.width, b.pitch)
-    spread(row_of(scratch, b.width), row_of(&s[MEAN, 0], b.size), g, b)
+    spread_shift(centres, s, g, b)
     sums_of_block(FORWARDS, total, x, x, centres, g, b, levels)
 
 
@@ -178,11 +202,13 @@ cdef void settle_nans(double[:, ::1] rows) noexcept nogil:
 
 
 cdef inline void finish_moments(
-    double[:, ::1] s, const double[:, ::1] sums, const floating[:, :, ::1] x, const Grid *g,
+    double[:, ::1] s, double[:, ::1] sums, const floating[:, :, ::1] x, const Grid *g,
     const Block *b, double[:, :, ::1] levels,
 ) noexcept nogil:
     cdef long long suspect[WIDTH]
     cdef double least = 1e-30 if floating is float else 1e-290  # squares below it lose digits
+    if floating is float and FEW <= g.count:
+        doubt_fine_shifts(sums, s, g.count)
     if find_moments(s, suspect, sums, g.count, least):
         rescue_moments(s, suspect, x, g, b, levels)
         settle_nans(tile(s, 0, 0, VAR + 1, b.size))

@@ -20,14 +20,17 @@
 # loaded, and have no say.
 #
 # Groups of eight rows are added up in the data's type (in double, where a term might not survive
-# that: `real`), four and four of them, and go to sums in double.
+# that: `real`), four and four of them, and go to sums in double. x - shift is x plus minus the
+# shift, which has the same bits: x86 can subtract an operand in memory, but not from one, and would
+# have to load x first.
 #
 # The rounding errors of the groups average out, unless a feature has few distinct values: these
 # round in the same few ways all over, and what that leaves of the mean counts n times in dgamma
 # where dout has a mean. Where dout has few values, too, so do the products. So what repeats is
 # noticed (`repeated`), as two rows of each group are compared, and for values that come by turns
 # some that are further apart. It makes NaN of the second sum, which is then in doubt as one that
-# overflowed is, and is summed again in double.
+# overflowed is, and is summed again in double. No array of what was noticed is kept: it would take
+# an eighth of L1 from the columns.
 
 from libc.math cimport NAN
 
@@ -46,7 +49,7 @@ ctypedef fused Direction:
     Signed
 
 cdef enum:  # what is needed of every column, a row each
-    CENTRE        # a shift near the mean, in few digits
+    MINUS_CENTRE  # minus a number near the mean, in few digits
     CENTRE_SCALE  # backward: a power of two near invstd
     CENTRES
     GATE_HI = CENTRES  # gated: what y is made of, with the bits that the forward had
@@ -65,7 +68,7 @@ cdef enum:
     # The row of a group that is compared with the next one. They are in registers at that time; and
     # the first one may be what the shift was sampled from, and have no bits.
     COMPARED = HALF - 2
-    # How many DISTANCES there are, and rows for each: a percent of the work.
+    # How many DISTANCES there are, and rows for each: two percent of a first pass within the cache.
     APART = 16
     ROWS_FOR_EACH = 40
 
@@ -141,17 +144,17 @@ cdef inline const floating[:, ::1] upstream_rows(
 
 
 cdef inline real term(
-    floating x, floating dout, real shift, Gate gate, Direction way,
+    floating x, floating dout, real minus_shift, Gate gate, Direction way,
 ) noexcept nogil:
     """The term u of the first sum."""
     if Direction is Forwards:
-        return <real>x - shift
+        return <real>x + minus_shift
     else:
         return <real>upstream(x, dout, gate, way)
 
 
 cdef inline real product(
-    floating x, floating dout, real shift, real scale, Gate gate, Direction way,
+    floating x, floating dout, real minus_shift, real scale, Gate gate, Direction way,
 ) noexcept nogil:
     """The term u*v of the second sum.
 
@@ -162,80 +165,90 @@ cdef inline real product(
     of it.
     """
     if Direction is Forwards:
-        return (<real>x - shift) * (<real>x - shift)
+        return (<real>x + minus_shift) * (<real>x + minus_shift)
     else:
-        return <real>upstream(x, dout, gate, way) * ((<real>x - shift) * scale)
+        return <real>upstream(x, dout, gate, way) * ((<real>x + minus_shift) * scale)
 
 
-cdef inline unsigned repeated(
-    floating x1, floating x2, floating dout1, floating dout2, real shift, real scale, Gate gate,
-    Direction way,
+cdef inline bint rounded_alike(float term, float other, float factor) noexcept nogil:
+    """Whether two terms are equal and have last bits, so that sums round them alike. A rounded
+    product may end in zeros, but its factor hardly does as well."""
+    return (
+        (float_bits(term) == float_bits(other))
+        & (((float_bits(term) | float_bits(factor)) & FINE_BITS) != 0))
+
+
+cdef inline bint repeated(
+    floating x1, floating x2, floating dout1, floating dout2, real minus_shift, real scale,
+    Gate gate, Direction way,
 ) noexcept nogil:
-    """The bits of x - shift if two are the same, and those of its product with dout and of dout
-    likewise: a product that was rounded may end in zeros. In double it does not matter."""
-    cdef unsigned bits = 0
+    """Whether x - shift is the same for two values, or its product with dout, and sums round it. In
+    double it does not matter."""
+    cdef real term1, term2
+    cdef bint found = False
     if real is float:
-        bits = repeated_bits(<real>x1 - shift, <real>x2 - shift)
+        term1, term2 = <real>x1 + minus_shift, <real>x2 + minus_shift
+        found = rounded_alike(term1, term2, term1)
         if Direction is not Forwards:  # whose square has other last bits than x - shift
-            bits |= repeated_product(
-                product(x1, dout1, shift, scale, gate, way),
-                product(x2, dout2, shift, scale, gate, way), <real>dout1)
-    return bits
+            term1 = product(x1, dout1, minus_shift, scale, gate, way)
+            term2 = product(x2, dout2, minus_shift, scale, gate, way)
+            found |= rounded_alike(term1, term2, dout1) & (term1 != 0)
+    return found
 
 
-cdef inline double doubted(double total, unsigned bits, real shift) noexcept nogil:
-    """A sum; NaN if terms of these bits, which repeat, may have been rounded in it. Their own last
-    bits do not tell it where the shift is not in few digits, as all of its samples were the same
-    value: the difference to another value may have been rounded."""
+cdef inline real doubted(real total, bint doubt) noexcept nogil:
+    """A sum, or NaN."""
     if real is float:
-        return NAN if bits & (~0 if float_bits(shift) & FINE_BITS else FINE_BITS) else total
+        return doubted_float(total, doubt)
     else:
-        return total
+        return <double>NAN if doubt else total
 
 
-cdef inline unsigned repeated_rows(
+cdef inline bint repeated_rows(
     const floating[:, ::1] x, const floating[:, ::1] dout, Py_ssize_t i, Py_ssize_t other,
-    Py_ssize_t j, real shift, real scale, Gate gate, Direction way,
+    Py_ssize_t j, real minus_shift, real scale, Gate gate, Direction way,
 ) noexcept nogil:
     """The same of two rows in column j."""
     return repeated(
-        x[i, j], x[other, j], dout[i, j], dout[other, j], shift, scale, gate, way)
+        x[i, j], x[other, j], dout[i, j], dout[other, j], minus_shift, scale, gate, way)
 
 
 cdef inline real terms4(
     const floating[:, ::1] x, const floating[:, ::1] dout, Py_ssize_t i, Py_ssize_t j,
-    real shift, Gate gate, Direction way,
+    real minus_shift, Gate gate, Direction way,
 ) noexcept nogil:
     """Four rows from i on, in column j."""
     return sum4(
-        term(x[i, j], dout[i, j], shift, gate, way),
-        term(x[i + 1, j], dout[i + 1, j], shift, gate, way),
-        term(x[i + 2, j], dout[i + 2, j], shift, gate, way),
-        term(x[i + 3, j], dout[i + 3, j], shift, gate, way))
+        term(x[i, j], dout[i, j], minus_shift, gate, way),
+        term(x[i + 1, j], dout[i + 1, j], minus_shift, gate, way),
+        term(x[i + 2, j], dout[i + 2, j], minus_shift, gate, way),
+        term(x[i + 3, j], dout[i + 3, j], minus_shift, gate, way))
 
 
 cdef inline real products4(
     const floating[:, ::1] x, const floating[:, ::1] dout, Py_ssize_t i, Py_ssize_t j,
-    real shift, real scale, Gate gate, Direction way,
+    real minus_shift, real scale, Gate gate, Direction way,
 ) noexcept nogil:
     return sum4(
-        product(x[i, j], dout[i, j], shift, scale, gate, way),
-        product(x[i + 1, j], dout[i + 1, j], shift, scale, gate, way),
-        product(x[i + 2, j], dout[i + 2, j], shift, scale, gate, way),
-        product(x[i + 3, j], dout[i + 3, j], shift, scale, gate, way))
+        product(x[i, j], dout[i, j], minus_shift, scale, gate, way),
+        product(x[i + 1, j], dout[i + 1, j], minus_shift, scale, gate, way),
+        product(x[i + 2, j], dout[i + 2, j], minus_shift, scale, gate, way),
+        product(x[i + 3, j], dout[i + 3, j], minus_shift, scale, gate, way))
 
 
 cdef inline real terms8(
     const floating[:, ::1] x, const floating[:, ::1] dout, Py_ssize_t i, Py_ssize_t j,
-    real shift, Gate gate, Direction way,
+    real minus_shift, Gate gate, Direction way,
 ) noexcept nogil:
-    return terms4(x, dout, i, j, shift, gate, way) + terms4(x, dout, i + HALF, j, shift, gate, way)
+    return (
+        terms4(x, dout, i, j, minus_shift, gate, way)
+        + terms4(x, dout, i + HALF, j, minus_shift, gate, way))
 
 
 cdef inline real products8(
     const floating[:, ::1] x, const floating[:, ::1] dout, Py_ssize_t i, Py_ssize_t j,
-    real shift, real scale, Gate gate, Direction way,
+    real minus_shift, real scale, Gate gate, Direction way,
 ) noexcept nogil:
     return (
-        products4(x, dout, i, j, shift, scale, gate, way)
-        + products4(x, dout, i + HALF, j, shift, scale, gate, way))
+        products4(x, dout, i, j, minus_shift, scale, gate, way)
+        + products4(x, dout, i + HALF, j, minus_shift, scale, gate, way))

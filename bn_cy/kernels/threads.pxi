@@ -77,7 +77,7 @@ cdef void sum_block_in_cell(
     cdef floating[:, ::1] columns = rows_of(
         <floating *>aligned(scratch), GATED_CENTRES, b.width, b.pitch)
     if c.summed == FORWARDS:
-        spread(row_of(&columns[CENTRE, 0], b.width), row_of(&s[MEAN, 0], b.size), &c.sums, &b)
+        spread_shift(columns, s, &c.sums, &b)
     else:
         find_centres(centres, s, floating is float)
         spread_centres(c.summed, columns, centres, s, <floating>0, &c.sums, &b)
