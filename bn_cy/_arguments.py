@@ -1,4 +1,4 @@
-"""What a caller gave, as arrays, integers and dtypes; errors name the argument.
+"""What a caller gave, as arrays, integers, flags and dtypes; errors name the argument.
 
 Whatever speaks one of NumPy's protocols is an array, such as a tensor of another library.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_float_dtype", "as_index", "as_output", "as_plain", "as_real"]
+__all__ = ["as_flag", "as_float_dtype", "as_index", "as_output", "as_plain", "as_real"]
 
 Array = NDArray[Any]
 
@@ -67,6 +67,16 @@ def as_index(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """Return True or False. 1 and 0 pass; what else has a truth value, such as text, does not."""
+    plain = value
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:  # np.load makes such arrays
+        plain = value.item()
+    if isinstance(plain, int) and plain in (0, 1):
+        return bool(plain)
+    raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def as_float_dtype(name: str, dtype: Any) -> np.dtype[Any]:

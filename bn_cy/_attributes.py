@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bn_cy import _calls
-from bn_cy._arguments import as_index, as_real
+from bn_cy._arguments import as_flag, as_index, as_real
 from bn_cy._layout import as_number, copy_all
 
 Array = NDArray[Any]
@@ -75,6 +75,15 @@ def checked(name, check, doc):
     )
 
 
+def flag(name, doc):
+    """Return a property that stores True or False, by its own name, as it is in pickles."""
+    return property(
+        lambda layer: vars(layer)[name],
+        lambda layer, value: vars(layer).update({name: as_flag(name, value)}),
+        doc=doc,
+    )
+
+
 def fixed(name, doc, instead):
     """Return a property that cannot be assigned, and says what to do instead."""
 
@@ -129,6 +138,11 @@ def checked_policy(policy):
     if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(f"on_nonfinite must be one of {', '.join(POLICIES)}, got {policy!r}")
     return policy
+
+
+def checked_relu(relu):
+    """Return whether a ReLU follows."""
+    return as_flag("relu", relu)
 
 
 def checked_momentum(momentum):

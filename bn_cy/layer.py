@@ -3,7 +3,7 @@
 import numpy as np
 
 from bn_cy import _calls, _ghosts, functional
-from bn_cy._arguments import as_float_dtype, as_index, as_output, as_plain
+from bn_cy._arguments import as_flag, as_float_dtype, as_index, as_output, as_plain
 from bn_cy._attributes import (
     Arrays,
     checked,
@@ -11,9 +11,11 @@ from bn_cy._attributes import (
     checked_eps,
     checked_momentum,
     checked_policy,
+    checked_relu,
     checked_tracked,
     entry,
     fixed,
+    flag,
     places,
 )
 from bn_cy._checks import check_apart_from_layer
@@ -140,15 +142,15 @@ class BatchNorm(Stateful):
         self._dtype = as_float_dtype("dtype", dtype)
         self.eps = eps
         self.momentum = momentum
-        self.unbiased = bool(unbiased)
+        self.unbiased = unbiased
         self.axis = axis
         self.relu = relu
         self.on_nonfinite = on_nonfinite
         self.ghost_batch_size = ghost_batch_size
         self.training = True
         self._frozen = False
-        parameters = {"gamma": np.ones} if scale else {}
-        parameters |= {"beta": np.zeros} if shift else {}
+        parameters = {"gamma": np.ones} if as_flag("scale", scale) else {}
+        parameters |= {"beta": np.zeros} if as_flag("shift", shift) else {}
         self._params = Arrays(
             {name: make(self._num_features, self._dtype) for name, make in parameters.items()}
         )
@@ -156,7 +158,7 @@ class BatchNorm(Stateful):
         statistics = {"running_mean": np.zeros, "running_var": np.ones}
         self._running = Arrays(
             {name: make(self._num_features) for name, make in statistics.items()}
-            if track_running_stats
+            if as_flag("track_running_stats", track_running_stats)
             else {}
         )
         self._tracked = np.zeros((), np.int64)
@@ -188,7 +190,9 @@ class BatchNorm(Stateful):
     )
     eps = checked("eps", checked_eps, "Added to the variance.")
     axis = checked("axis", checked_axis, "The feature axis of the input.")
-    relu = checked("relu", bool, "Whether a ReLU follows.")
+    relu = checked("relu", checked_relu, "Whether a ReLU follows.")
+    unbiased = flag("unbiased", "Whether the running variance is divided by n - 1.")
+    training = flag("training", "Whether `forward` trains; see `train` and `eval`.")
     on_nonfinite = checked(
         "on_nonfinite", checked_policy, "What a batch does that has NaN or infinity."
     )
@@ -346,7 +350,7 @@ class BatchNorm(Stateful):
         BatchNorm
             The layer itself.
         """
-        self.training = bool(mode)
+        self.training = as_flag("mode", mode)
         return self
 
     def eval(self):

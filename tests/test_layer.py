@@ -915,6 +915,34 @@ def test_attributes_are_checked_where_they_are_assigned(name, value):
     assert getattr(layer, name) == before
 
 
+@pytest.mark.parametrize("name", ["training", "unbiased", "relu"])
+@pytest.mark.parametrize("value", ["eval", None, 2, 1.0, np.ones(5), [True]])
+def test_what_only_counts_as_true_is_not_assigned(name, value):
+    layer = BatchNorm(5)
+    before = getattr(layer, name)
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got"):
+        setattr(layer, name, value)
+    assert getattr(layer, name) is before
+    for flag in (np.False_, 1, False, np.int64(1), np.array(False), np.array(1)):
+        setattr(layer, name, flag)
+        assert getattr(layer, name) is bool(flag)
+
+
+@pytest.mark.parametrize("name", ["scale", "shift", "track_running_stats", "unbiased", "relu"])
+def test_arrays_and_text_are_no_flags(name):
+    for value in (np.ones(5), np.ones(1), "no"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got"):
+            BatchNorm(5, **{name: value})
+
+
+def test_a_mode_is_a_flag(rng):
+    layer = trained(rng)
+    with pytest.raises(TypeError, match="mode must be True or False, got 'eval'"):
+        layer.train("eval")
+    assert layer.training
+    assert not layer.train(np.False_).training
+
+
 @pytest.mark.parametrize("name", ["gamma", "beta", "running_mean", "running_var"])
 def test_what_a_layer_lacks_is_not_assigned(name):
     layer = BatchNorm(5, scale=False, shift=False, track_running_stats=False)
@@ -1210,6 +1238,28 @@ class Slotted(BatchNorm):
     """One with a slot, and one that is never filled."""
 
     __slots__ = ("grade", "unused")
+
+
+class Evaluating(BatchNorm):
+    """One with a default of its own where `BatchNorm` has a property."""
+
+    training = False
+
+
+class SlottedFlag(BatchNorm):
+    """One with a slot there."""
+
+    __slots__ = ("training",)
+
+
+@pytest.mark.parametrize("kind", [Evaluating, SlottedFlag])
+def test_a_subclass_may_have_a_flag_of_its_own(kind):
+    layer = kind(5).eval()
+    for mode in (False, True):
+        for again in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), copy.copy(layer)):
+            assert again.training is mode
+            assert vars(again).keys() == vars(layer).keys()
+        layer.train()
 
 
 @pytest.mark.parametrize("kind", [Named, Slotted])
