@@ -172,14 +172,15 @@ class Truth:
         size = np.abs(dout).sum(axis=1)
         slack = self._small(size > 0, 2 * dout.shape[1] * c.least)
         moved = (np.abs(dout) * (np.abs(self.xhat) + centre)).sum(axis=1)
-        left = self.shift_error + 8 * HALF_ULP * self.deviation * self.invstd  # of the mean
+        finest = (8 * HALF_ULP * self.deviation * self.invstd)[:, 0]  # error of a mean in double
+        left = self.shift_error[:, 0] + finest
         dbeta = self._sum(dout, c.unit * size, slack, promised)
-        rounding = c.unit * moved + left[:, 0] * np.abs(dbeta.value)
+        rounding = c.unit * moved + left * np.abs(dbeta.value)
         below = SMALLEST * self.invstd[:, 0] * (2 + size) + c.least * size  # of mean; of (x - c)*p
         slack = slack + self._small(size > 0, below)
         terms = dout * self.xhat
         near = norms(terms) < NEAR * norms(dout)  # the error of the mean then shows
-        slack = slack + np.where(near, self.shift_error[:, 0] * np.abs(dbeta.value), 0)
+        slack = slack + np.where(near, left, finest) * np.abs(dbeta.value)
         if self.measured:  # of a constant dgamma is exactly 0
             rounding, slack = (np.where(self.var == 0, 0, a) for a in (rounding, slack))
         dgamma = self._sum(terms, rounding, slack, promised)
