@@ -349,6 +349,11 @@ class BatchNorm(Stateful):
         -------
         BatchNorm
             The layer itself.
+
+        Raises
+        ------
+        TypeError
+            If `mode` is not True or False, for which 1 and 0 pass.
         """
         self.training = as_flag("mode", mode)
         return self
