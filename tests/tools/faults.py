@@ -292,7 +292,7 @@ def of_layer(data, function):
     other.backward(dout)
     other.gamma[:] = data.rows[0]
     state = other.state_dict()
-    return lambda: (function(layer, state), layer), [layer, state]
+    return lambda: function(layer, state), [layer, state]
 
 
 def assign(layer, state):
@@ -318,7 +318,10 @@ OF_LAYER = {
     "deepcopy": lambda layer, state: copy.deepcopy(layer),
     "repr": lambda layer, state: repr(layer),
     "reset": lambda layer, state: layer.reset_running_stats(),
-    "modes": lambda layer, state: repr(layer.freeze().eval().unfreeze().train()),
+    "train": lambda layer, state: layer.train(False),
+    "eval": lambda layer, state: layer.eval(),
+    "freeze": lambda layer, state: layer.freeze(),
+    "unfreeze": lambda layer, state: layer.unfreeze(),
     "assign": assign,
     "params.update": assign_parameters,
     "assign a statistic": assign_statistics,
