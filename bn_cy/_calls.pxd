@@ -22,11 +22,11 @@ cdef class Cache:
 
 cdef Cache measured_cache(x, axis)
 cdef Cache frozen_cache(x, mean, var, axis)
-cdef int describe(Cache cache, gamma, beta, eps, bint relu) except -1
+cdef int describe(Cache cache, gamma, beta, eps, relu) except -1
 cdef tuple gradients(Cache cache, dout, out)
 cdef gradient_rows(Cache cache, dout)
 cdef run_forward(
-    Cache cache, x, gamma, beta, eps, out, bint relu, residual, bint measure,
+    Cache cache, x, gamma, beta, eps, out, relu, residual, bint measure,
     Running *running, bint backward)
 cdef run_backward(
     Cache cache, dout, dgamma, dbeta, dresidual, double *sums, bint measure, out)

@@ -14,7 +14,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport INT64_MAX, int64_t
 from libc.string cimport memcpy, memset
 
-from bn_cy._arguments import as_output
+from bn_cy._arguments import as_flag, as_output
 from bn_cy._buffers import POOL
 
 from bn_cy._buffers cimport new_block
@@ -146,9 +146,10 @@ cdef Cache frozen_cache(x, mean, var, axis):
     return cache
 
 
-cdef int describe(Cache cache, gamma, beta, eps, bint relu) except -1:
+cdef int describe(Cache cache, gamma, beta, eps, relu) except -1:
     """Fill the rows that a forward would have filled: it is one without an output."""
     cdef double added = checked_eps(eps)
+    cdef bint rectified = checked_relu(relu)
     cdef Memory memory
     memory.held = 0
     try:
@@ -157,7 +158,7 @@ cdef int describe(Cache cache, gamma, beta, eps, bint relu) except -1:
             cache.batch.parameter(&memory, "beta", beta), NULL, added, False, NULL)
     finally:
         release(&memory)
-    cache.relu = relu
+    cache.relu = rectified
     return 0
 
 
@@ -166,7 +167,7 @@ cdef int describe(Cache cache, gamma, beta, eps, bint relu) except -1:
 
 def training_forward(
     x, running_mean, running_var, tracked, momentum, bint unbiased, bint nonfinite, gamma, beta,
-    eps, axis, out, bint relu, residual
+    eps, axis, out, relu, residual
 ):
     """`batchnorm_forward` that also updates running statistics and counts the batch in `tracked`,
     unless it is empty or, if `nonfinite` is false, has a variance that is not finite. Returns
@@ -217,7 +218,7 @@ cdef tuple gradients(Cache cache, dout, out):
 
 
 def part_forward(
-    x, count, mean, var, gamma, beta, eps, axis, out, bint relu, residual
+    x, count, mean, var, gamma, beta, eps, axis, out, relu, residual
 ):
     """`frozen_forward` of a part of a batch, by the statistics of the whole, which has `count`
     values a feature. The two halves of its backward follow."""
@@ -257,12 +258,13 @@ cdef gradient_rows(Cache cache, dout):
 
 
 cdef run_forward(
-    Cache cache, x, gamma, beta, eps, out, bint relu, residual, bint measure,
+    Cache cache, x, gamma, beta, eps, out, relu, residual, bint measure,
     Running *running, bint backward
 ):
     """Check what is left, allocate y, fill statistics and y; keep x if there may be a backward."""
     cdef Batch batch = cache.batch
     cdef double added = checked_eps(eps)
+    cdef bint rectified = checked_relu(relu)
     cdef const void *scale
     cdef const void *shift
     cdef int parameters
@@ -282,8 +284,8 @@ cdef run_forward(
         if out is not None:
             refuse_parameters(array, given, &memory, parameters)
             check_forward_target(given, array, &memory, x, residual, backward)
-        cache.relu = relu
-        if relu and residual is not None and backward and batch.size:
+        cache.relu = rectified
+        if rectified and residual is not None and backward and batch.size:
             cache.signs = new_block(signs_room(&batch.shape))
         launch_forward(
             cache, target.buf, scale, shift, NULL if beside == NULL else beside.buf, added,
@@ -299,7 +301,7 @@ cdef run_forward(
 
 
 cdef run_tracked(
-    Cache cache, x, gamma, beta, eps, out, bint relu, residual, Running *running, Block before
+    Cache cache, x, gamma, beta, eps, out, relu, residual, Running *running, Block before
 ):
     """`run_forward`, after which the running statistics are put back where there was no memory to
     copy y to an `out` in another memory order."""
@@ -450,6 +452,11 @@ cpdef double checked_eps(eps) except -1:
     if not 0 <= value < INFINITY:
         raise ValueError(f"eps must be finite and not negative, got {eps!r}")
     return value
+
+
+cdef bint checked_relu(relu) except -1:
+    """Return whether a ReLU follows; what is not True or False itself is looked at."""
+    return relu is True or (relu is not False and as_flag("relu", relu))
 
 
 cdef double checked_count(count, bint empty) except -1:

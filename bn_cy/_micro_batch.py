@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 
-from bn_cy._arguments import as_output, as_plain
+from bn_cy._arguments import as_flag, as_output, as_plain
 from bn_cy._checks import (
     check_apart_from_layer,
     check_batch,
@@ -121,7 +121,7 @@ class MicroBatch:
         -----
         The running statistics are updated once, and one batch is counted, as for the whole.
         """
-        layer = self._layer
+        layer, update = self._layer, as_flag("update", update)
         xs, targets, residuals = self._fitting(parts, out, residuals)
         if layer._measures:
             if layer._groups:

@@ -15,6 +15,7 @@ import dask.array as da
 import numpy as np
 
 from bn_cy import functional
+from bn_cy._arguments import as_flag
 from bn_cy._checks import check_batch, native
 from bn_cy._layout import axis_of
 from bn_cy._moments import Moments
@@ -116,7 +117,7 @@ def normalize(x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, relu=Fal
             )
     axes = tuple(range(x.ndim))
     return da.blockwise(
-        partial(_normalize, tuple(present), eps=eps, axis=feature, relu=relu),
+        partial(_normalize, tuple(present), eps=eps, axis=feature, relu=as_flag("relu", relu)),
         axes,
         x,
         axes,

@@ -51,7 +51,7 @@ __all__ = [
 
 
 def batchnorm_forward(
-    x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None, bint relu=False, residual=None,
+    x, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None, relu=False, residual=None,
     mask=None, lengths=None
 ):
     """Normalize every feature by its mean and variance in the batch.
@@ -94,7 +94,7 @@ def batchnorm_forward(
     ------
     TypeError
         If `x` is not of float32 or float64, a parameter is not of real numbers, `axis` is no
-        integer, `eps` no number, or `mask` not of booleans.
+        integer, `eps` no number, `relu` not True or False, or `mask` not of booleans.
     ValueError
         If a shape, `axis`, `eps`, `residual`, `mask`, `lengths` or `out` does not fit, or if there
         is one value per feature, which has no variance. An empty batch is allowed: its `y` is
@@ -133,7 +133,7 @@ def batchnorm_forward(
 
 
 def frozen_forward(
-    x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None, bint relu=False,
+    x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None, relu=False,
     residual=None
 ):
     """Normalize every feature by a given mean and variance, for a backward: eval mode of a layer.
@@ -283,7 +283,7 @@ def moments(x, *, axis=1, mask=None, lengths=None):
 
 
 def normalize(
-    x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None, bint relu=False,
+    x, mean, var, gamma=None, beta=None, eps=1e-5, *, axis=1, out=None, relu=False,
     residual=None
 ):
     """Normalize every feature by a given mean and variance, as in eval mode.
@@ -322,7 +322,7 @@ def normalize(
 
 
 def gradient_sums(
-    dout, x, mean, var, eps=1e-5, *, axis=1, bint relu=False, gamma=None, beta=None
+    dout, x, mean, var, eps=1e-5, *, axis=1, relu=False, gamma=None, beta=None
 ):
     """The two sums over the batch that the backward needs: the first half of `batchnorm_backward`.
 
@@ -349,7 +349,7 @@ def gradient_sums(
     Raises
     ------
     TypeError, ValueError
-        If a shape, a dtype, `axis` or `eps` does not fit, or if a variance is negative.
+        If a shape, a dtype, `axis`, `eps` or `relu` does not fit, or if a variance is negative.
 
     Examples
     --------
@@ -367,7 +367,7 @@ def gradient_sums(
 
 def input_gradient(
     dout, x, mean, var, gamma, eps, sum_dout, sum_dout_xhat, count, *, axis=1, out=None,
-    bint relu=False, beta=None
+    relu=False, beta=None
 ):
     """Gradient with respect to x, given the sums over the batch: the second half of
     `batchnorm_backward`.
@@ -401,8 +401,8 @@ def input_gradient(
     Raises
     ------
     TypeError, ValueError
-        If a shape, a dtype, `axis`, `eps`, `count` or `out` does not fit, or if a variance is
-        negative.
+        If a shape, a dtype, `axis`, `eps`, `count`, `out` or `relu` does not fit, or if a variance
+        is negative.
 
     Examples
     --------

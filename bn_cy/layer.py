@@ -251,9 +251,11 @@ class BatchNorm(Stateful):
             If a batch that is to be counted has a variance that is not finite, and `on_nonfinite`
             is "raise"; `out` has been written then.
         TypeError, ValueError
-            As `batchnorm_forward`, and if the number of features does not fit. The layer is
-            unchanged.
+            As `batchnorm_forward`, and if `update` or the number of features does not fit. The
+            layer is unchanged.
         """
+        if update is not True:
+            update = as_flag("update", update)
         check_apart_from_layer(out, self)
         if type(x) is not np.ndarray:
             x = as_plain("x", x)

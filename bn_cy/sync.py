@@ -5,7 +5,7 @@ in `_parts`; what is exchanged between ranks is in `_ranks`.
 """
 
 from bn_cy import functional
-from bn_cy._arguments import as_plain
+from bn_cy._arguments import as_flag, as_plain
 from bn_cy._attributes import checked
 from bn_cy._calls import Cache
 from bn_cy._checks import check_apart_from_layer, check_like, checked_target
@@ -133,6 +133,7 @@ class SyncBatchNorm(BatchNorm):
             return super().forward(x, **given, mask=mask, lengths=lengths)
         part = failure = None
         try:
+            update = as_flag("update", update)
             x, kept, target, residual = self._fitting(x, out, residual, mask, lengths)
             part = functional.moments(x, axis=self._axis)
         except Exception as error:  # the other ranks wait: they are told

@@ -350,6 +350,7 @@ def wrong_forwards(x, layer):
     yield (x,), given, ValueError, "out may be residual itself, but may not overlap it otherwise"
     yield (x,), {"residual": narrow}, ValueError, r"residual must have the shape \(4, 5\)"
     yield (x,), {"residual": other}, ValueError, "residual must have"
+    yield (x,), {"update": "no"}, TypeError, "update must be True or False, got 'no'"
     yield (x,), {"mask": np.ones(3, bool)}, ValueError, r"mask must have the shape \(4,\)"
 
 

@@ -14,6 +14,7 @@ from bn_cy import (
     BatchNorm,
     batchnorm_backward,
     batchnorm_forward,
+    frozen_forward,
     functional,
     gradient_sums,
     input_gradient,
@@ -524,6 +525,25 @@ def test_axis_out_of_range(axis):
 def test_axis_must_be_an_integer(axis):
     with refused(TypeError, "axis"):
         batchnorm_forward(np.ones((4, 3), np.float32), axis=axis)
+
+
+@pytest.mark.parametrize("relu", ["no", None, 2, 1.0, np.ones((4, 3)), [True]])
+def test_what_only_counts_as_true_is_no_relu(rng, relu):
+    x, row = rng.standard_normal((4, 3)), np.ones(3)
+    for call in (
+        lambda **options: batchnorm_forward(x, **options),
+        lambda **options: batchnorm_forward(x, mask=np.ones(4, bool), **options),
+        lambda **options: frozen_forward(x, row, row, **options),
+        lambda **options: normalize(x, row, row, **options),
+        lambda **options: gradient_sums(x, x, row, row, **options),
+        lambda **options: input_gradient(x, x, row, row, row, 1e-5, row, row, 4, **options),
+    ):
+        with refused(TypeError, "relu must be True or False, got"):
+            call(relu=relu)
+        with_relu, without = (call(relu=flag)[0].tobytes() for flag in (True, False))
+        assert with_relu != without
+        for flag in (np.True_, 1, np.array(True)):
+            assert call(relu=flag)[0].tobytes() == with_relu
 
 
 @pytest.mark.parametrize("shape", [(8,), (6,), (7, 1), (5, 7), (1, 1, 7), (1, 8), ()])

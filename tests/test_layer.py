@@ -943,6 +943,15 @@ def test_a_mode_is_a_flag(rng):
     assert not layer.train(np.False_).training
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_whether_to_update_is_a_flag(rng, mode):
+    layer = getattr(trained(rng), mode)()
+    before = snapshot(layer)
+    with pytest.raises(TypeError, match="update must be True or False, got 'no'"):
+        layer(rng.standard_normal((6, 5)), update="no")
+    assert_same_state(snapshot(layer), before)
+
+
 @pytest.mark.parametrize("name", ["gamma", "beta", "running_mean", "running_var"])
 def test_what_a_layer_lacks_is_not_assigned(name):
     layer = BatchNorm(5, scale=False, shift=False, track_running_stats=False)

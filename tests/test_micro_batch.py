@@ -281,6 +281,7 @@ def parts_with(part):
         ({"parts": parts_with(None)}, TypeError, "part 1: x must be an array"),
         ({"parts": parts_with(X[1, 0])}, ValueError, "part 1: x must have two dimensions"),
         ({"parts": parts_with(np.ma.array(X[1]))}, TypeError, "part 1: x must have no mask"),
+        ({"update": "no"}, TypeError, "update must be True or False, got 'no'"),
         ({"parts": 3}, TypeError, "parts must be several arrays, such as a list, got int"),
         ({"residuals": X[:2]}, ValueError, "residuals must have an array for each of the 3"),
         ({"residuals": parts_with(NARROW)}, ValueError, "part 1: residual must have the shape"),

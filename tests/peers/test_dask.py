@@ -150,6 +150,11 @@ def test_bad_input_is_refused_at_once(x, options, kind, message):
             call()
 
 
+def test_a_relu_is_a_flag():
+    with pytest.raises(TypeError, match="relu must be True or False, got 'no'"):
+        bn_cy.dask.normalize(da.ones((4, 5)), np.zeros(5), np.ones(5), relu="no")
+
+
 def test_a_row_of_another_shape_is_refused():
     x, row = da.ones((4, 5)), np.ones(5)
     for name in ("mean", "var", "gamma", "beta"):
