@@ -175,6 +175,13 @@ def test_pool_lets_the_oldest_go_beyond_its_limit():
     assert [block.size for block in pool.free] == [110, 120]
 
 
+def test_pool_keeps_as_much_as_its_limit():
+    pool = Pool(limit=230)
+    buffers = [Buffer(size, pool) for size in (110, 120)]
+    del buffers[:]
+    assert sorted(block.size for block in pool.free) == [110, 120]
+
+
 def test_pool_keeps_nothing_larger_than_its_limit():
     pool = Pool(limit=250)
     Buffer(300, pool)

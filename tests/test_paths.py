@@ -5,6 +5,10 @@ A path is a shape, a number of threads, and whether outputs go past the cache; `
 overflow or squares lose digits, and where a ReLU opens or closes. The reference is in 80 bits.
 """
 
+import ctypes
+import mmap
+import sys
+
 import numpy as np
 import pytest
 from exact import TOLERANCE, parameters
@@ -165,6 +169,29 @@ def test_the_tail_of_a_long_run(rng, tail, dtype):
     x = (3 + rng.standard_normal(shape)).astype(dtype)
     x[..., RUNS:] += 50
     check_step(rng, x, (1 + x * rng.standard_normal(shape)).astype(dtype), 1, 1)
+
+
+def at_the_end_of_memory(array):
+    """Return a copy behind which nothing can be read: who does so is ended by the system."""
+    room = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+    copy = np.frombuffer(memory, array.dtype, array.size, room - array.nbytes).reshape(array.shape)
+    copy[...] = array
+    behind = ctypes.c_void_p(copy.ctypes.data + copy.nbytes)
+    assert ctypes.CDLL(None).mprotect(behind, mmap.PAGESIZE, 0) == 0
+    return copy
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
+@over_dtypes
+@pytest.mark.parametrize(("outer", "axis"), [((), 1), ((5,), 0), ((1, 5), 1), ((2, 5), 1)])
+@pytest.mark.parametrize("values", [28, 30, 60, 100, 150, 168, 224, 256, 360, 500, 720, 784, 1024])
+def test_nothing_is_read_behind_a_batch(rng, values, outer, axis, dtype):
+    """Where values repeat, some are compared that are as far apart as half of the batch."""
+    for count in range(values, values + 4):
+        shape = (*outer, count) if outer else (count, 5)
+        x, dout = (at_the_end_of_memory(a) for a in rng.integers(3, size=(2, *shape)).astype(dtype))
+        check_step(rng, x, dout, axis, 1, eps=1e-5)
 
 
 @over_dtypes
