@@ -9,7 +9,7 @@
 # Tests: tests/test_accuracy.py, tests/test_kernels.py.
 # Bytes moved: O(features). A rescue is a first pass more.
 
-from libc.math cimport fabs, isfinite
+from libc.math cimport fabs
 from libc.string cimport memcpy
 
 from bn_cy.kernels cimport GAMMA, INTERCEPT, INVSTD, MEAN, REST, STATISTICS, VAR
@@ -113,15 +113,16 @@ cdef void rescue_gradients(
         size = min(half, end_of_stretch(suspect, first, g, b) - first)
         stretch = block_at(&r, b.start + first, size)
         rescue_sums(
-            way, tile(sums, 0, first, SUMS, size), tile(centres, 0, first, CENTRES, size),
-            tile(s, 0, first, STATISTICS, size), dout, x, &r, &stretch, levels)
+            way, tile(sums, 0, first, SUMS, size), suspect + first,
+            tile(centres, 0, first, CENTRES, size), tile(s, 0, first, STATISTICS, size), dout, x,
+            &r, &stretch, levels)
         first += size
 
 
 cdef void rescue_sums(
-    int way, double[:, ::1] sums, const double[:, ::1] centres, const double[:, ::1] s,
-    const floating[:, :, ::1] dout, const floating[:, :, ::1] x, const Grid *g, const Block *b,
-    double[:, :, ::1] levels,
+    int way, double[:, ::1] sums, const long long *suspect, const double[:, ::1] centres,
+    const double[:, ::1] s, const floating[:, :, ::1] dout, const floating[:, :, ::1] x,
+    const Grid *g, const Block *b, double[:, :, ::1] levels,
 ) noexcept nogil:
     cdef double scratch[GATED_CENTRES * (RESCUED + 3 * LINE)]  # as SCRATCH
     cdef double storage[SUMS * RESCUED]
@@ -131,7 +132,7 @@ cdef void rescue_sums(
     spread_centres(way, columns, centres, s, <floating>0, g, b)
     sums_of_block(way, wide, x, dout, columns, g, b, levels)
     for f in range(b.size):
-        if not (isfinite(sums[FIRST, f]) and isfinite(sums[SECOND, f])):
+        if suspect[f]:
             sums[FIRST, f], sums[SECOND, f] = wide[FIRST, f], wide[SECOND, f]
 
 
@@ -166,6 +167,8 @@ cdef void finish_gradients(
 ) noexcept nogil:
     cdef long long suspect[WIDTH]
     cdef bint unsure = find_unsure(suspect, sums)
+    if floating is float and MANY_VALUES <= g.count:
+        unsure |= doubt_smooth(suspect, s, x, g, b)
     if floating is float and unsure:
         rescue_gradients(way, sums, suspect, centres, s, dout, x, g, b, levels)
     find_dgamma(sums, centres, s)

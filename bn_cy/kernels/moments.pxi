@@ -21,6 +21,13 @@ cdef enum:
     SAMPLES = 8
     # Passes in double until a feature's shift is near its mean, at the most.
     RESCUES = 4
+    # Pairs of neighbours that are looked at, and how many are near each other where values run
+    # smoothly: of normal data in three features of a million.
+    NEIGHBOURS = 8
+    NEAR = 6
+    # Values of a feature from which on this is worth it: what sums of fewer round alike, counted so
+    # often, is within the contract.
+    MANY_VALUES = 512
 
 
 cdef inline double coarse(double value, double spread) noexcept nogil:
@@ -111,6 +118,70 @@ cdef bint find_moments(
             & (least <= s[VAR, f]) & (s[VAR, f] <= 1e300))
         doubt |= suspect[f]
     return doubt != 0
+
+
+cdef inline bint is_near(floating one, floating next_one, floating limit) noexcept nogil:
+    """Whether neighbours are near each other. If they are the same value, that says nothing: the
+    zeros of a ReLU are."""
+    cdef floating step = next_one - one
+    return (step * step < limit) & (step != 0)
+
+
+cdef void count_near_rows(
+    floating *near, const floating *limit, const floating[:, :, ::1] x, const Grid *g,
+    const Block *b,
+) noexcept nogil:
+    """How many pairs of rows are near, column by column."""
+    cdef const floating *row
+    cdef Py_ssize_t k, f, below = x.shape[1]
+    clear(row_of(near, b.size))
+    for k in range(NEIGHBOURS):
+        row = &x[k * g.outer // NEIGHBOURS, b.start, 0]
+        for f in range(b.size):
+            near[f] += <floating>is_near(row[f], row[f + below], limit[f])
+
+
+cdef void count_near_along(
+    floating *near, const floating *limit, const floating[:, :, ::1] x, const Grid *g,
+    const Block *b,
+) noexcept nogil:
+    """The same of neighbours in a row of a feature. As each pair may be a line from memory, they
+    are counted until too many are not near: of random data that is the third."""
+    cdef const floating *at
+    cdef Py_ssize_t k, f, far, inner = g.inner
+    for f in range(b.size):
+        k = far = 0
+        while k < NEIGHBOURS and far <= NEIGHBOURS - NEAR:
+            at = &x[  # where an image may begin, and with it one of its rows
+                k * g.outer // NEIGHBOURS, b.start + f,
+                min(k * inner // NEIGHBOURS, inner - 2)]
+            far += not is_near(at[0], at[1], limit[f])
+            k += 1
+        near[f] = k - far
+
+
+cdef bint doubt_smooth(
+    long long *suspect, const double[:, ::1] s, const floating[:, :, ::1] x, const Grid *g,
+    const Block *b,
+) noexcept nogil:
+    """Doubt features whose values run smoothly, as those of a ramp or sorted ones do, and tell
+    whether there are any. From one group to the next their last bits change little, or by the same
+    step, so that many sums are ties that are rounded the same way: the mean is off by a tenth of a
+    half-digit, and counts n times with dout, as where values repeat."""
+    cdef floating near[WIDTH]  # how many pairs are within an eighth of a standard deviation
+    cdef floating limit[WIDTH]
+    cdef Py_ssize_t f
+    cdef long long found = 0
+    for f in range(b.size):
+        limit[f] = <floating>(s[VAR, f] * 0.015625)
+    if g.inner == 1:
+        count_near_rows(near, limit, x, g, b)
+    else:
+        count_near_along(near, limit, x, g, b)
+    for f in range(b.size):
+        suspect[f] |= near[f] >= NEAR
+        found |= suspect[f]
+    return found != 0
 
 
 cdef inline void spread_shift(
@@ -207,9 +278,13 @@ cdef inline void finish_moments(
 ) noexcept nogil:
     cdef long long suspect[WIDTH]
     cdef double least = 1e-30 if floating is float else 1e-290  # squares below it lose digits
+    cdef bint doubt
     if floating is float and FEW <= g.count:
         doubt_fine_shifts(sums, s, g.count)
-    if find_moments(s, suspect, sums, g.count, least):
+    doubt = find_moments(s, suspect, sums, g.count, least)
+    if floating is float and MANY_VALUES <= g.count:
+        doubt |= doubt_smooth(suspect, s, x, g, b)
+    if doubt:
         rescue_moments(s, suspect, x, g, b, levels)
         settle_nans(tile(s, 0, 0, VAR + 1, b.size))
 
