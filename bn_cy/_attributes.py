@@ -26,6 +26,7 @@ class Arrays(dict):
         """Copy a value into the array of this name."""
         current = self[name]
         if value is current:  # as it is after `arrays[name] -= ...`
+            check_values(name, name, current)
             return
         array = fitted(name, value, current)
         if not current.flags.writeable:
@@ -59,7 +60,8 @@ def entry(store, name, doc):
     def assign(layer, value):
         entries = getattr(layer, store)
         if name not in entries:
-            raise AttributeError(f"this layer has no {name}")
+            missing = f"d{name}" if store == "grads" else name
+            raise AttributeError(f"this layer has no {missing}")
         entries[name] = value
 
     return property(get, assign, doc=doc)
@@ -102,11 +104,16 @@ def fitted(name: str, value: Any, current: Array, called: str | None = None) -> 
     array = np.require(as_real(called, value), current.dtype, ["C", "W", "A"])
     if array.shape != current.shape:
         raise ValueError(f"{called} must have shape {current.shape}, got {array.shape}")
+    check_values(name, called, array)
+    return array
+
+
+def check_values(name, called, array):
+    """Refuse statistics that no batch has."""
     if name.startswith("running_"):
         check_finite(called, array)
     if name == "running_var":
         _calls.check_variance(called, array)
-    return array
 
 
 def check_finite(name, array):
@@ -160,9 +167,12 @@ def checked_weight(name: str, value: Any) -> float:
 
 def checked_tracked(value: Any) -> int:
     """Return num_batches_tracked as an int."""
-    array = as_real("num_batches_tracked", value)
-    if array.size != 1 or not 0 <= array.item() < 2**63 or array.item() % 1 != 0:
+    number = value
+    if type(value) is not int:  # of any length
+        array = as_real("num_batches_tracked", value)
+        number = array.item() if array.size == 1 else -1
+    if not 0 <= number < 2**63 or number % 1 != 0:
         raise ValueError(
             f"num_batches_tracked must be one integer, 0 or more and below 2^63, got {value!r}"
         )
-    return int(array.item())
+    return int(number)

@@ -150,8 +150,10 @@ def pooled(
     filled = np.flatnonzero(counts)
     weights = np.array([[count / total] for count in counts if count])
     means, rests, variances = means[filled], rests[filled], variances[filled]
+    if len(filled) == 1:
+        return means[0], rests[0], variances[0]
     largest = np.argmax(weights)  # near the mean, in standard deviations, however far others are
-    with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity stay in their feature
+    with np.errstate(all="ignore"):  # NaN and infinity stay in their feature
         shift = means[largest]
         mean, rest = _two_sum(shift, np.sum(weights * ((means - shift) + rests), axis=0))
         deviations = (means - mean) + (rests - rest)

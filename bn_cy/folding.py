@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bn_cy._arguments import as_index, as_plain, as_real
+from bn_cy._arguments import as_flag, as_index, as_plain, as_real
 from bn_cy.layer import BatchNorm
 
 __all__ = ["fold", "fold_next"]
@@ -145,6 +145,7 @@ def fold_next(
     W, (scale, shift) = _checked_weight(W), _checked_affine(layer)
     outputs, inputs = _checked_axes(W, axis, len(scale))
     others = tuple(i for i in range(W.ndim) if i != outputs)
+    unpadded = as_flag("unpadded", unpadded)
     if not unpadded and shift.any() and any(W.shape[i] > 1 for i in others if i != inputs):
         raise ValueError(
             f"W of shape {W.shape} is a convolution that may see padding, which the layer's shift "

@@ -21,6 +21,8 @@ from bn_cy._attributes import (
 from bn_cy._checks import check_apart_from_layer
 from bn_cy._forks import give_lock
 from bn_cy._masks import Kept
+from bn_cy._moments import Moments
+from bn_cy._parts import count_batches, is_counted
 from bn_cy._state import Stateful
 
 __all__ = ["BatchNorm"]
@@ -270,11 +272,14 @@ class BatchNorm(Stateful):
         else:
             kept = Kept(x, self._axis, mask, lengths)
             target = kept.target(out)
-            if self._measures:
+            measures = self._measures
+            if measures:
                 kept.check_variance()
-            y, cache = self._normalize(*kept.gathered(x, residual), update)
+            y, cache = self._normalize(*kept.gathered(x, residual), False)
             y = kept.scatter(y, target, out)
             cache._kept = kept
+            if measures:  # last: nothing after it wants memory
+                self._count(cache, update)
         self._cache, self._cached_mode = cache, self.training
         return y
 
@@ -404,6 +409,8 @@ class BatchNorm(Stateful):
         ------
         RuntimeError
             If the layer has no running statistics.
+        ValueError
+            If a running variance is negative, as only an operation in place can have made it.
 
         Notes
         -----
@@ -423,9 +430,10 @@ class BatchNorm(Stateful):
         if not self._running:
             raise RuntimeError("this layer has no running statistics, which scale and shift need")
         state = self.state_dict()
+        _calls.check_variance("running_var", state["running_var"])
         std = np.sqrt(state["running_var"] + self._eps)
         scale = np.zeros(self._num_features)  # where var and eps are 0, and y is beta
-        np.divide(state.get("weight", 1.0), std, out=scale, where=std > 0)
+        np.divide(state.get("weight", 1.0), std, out=scale, where=std != 0)
         return scale, state.get("bias", 0.0) - state["running_mean"] * scale
 
     def __repr__(self):
@@ -508,6 +516,12 @@ class BatchNorm(Stateful):
             self._refuse_batch(cache.var)
         return y if out is None else out, cache
 
+    def _count(self, cache, update):
+        """Take the statistics of a batch that has been normalized into the running ones."""
+        whole = Moments(cache.count, cache.mean, cache.var)
+        if is_counted(self, whole, update):
+            count_batches(self, [whole])
+
     def _refuse_batch(self, var):
         """Raise the error of a batch whose variance is not finite."""
         wrong = np.flatnonzero(~np.isfinite(var))
@@ -527,8 +541,8 @@ class BatchNorm(Stateful):
 
     def _keep_gradients(self, dgamma, dbeta):
         found = {"gamma": dgamma, "beta": dbeta}
-        for name in self._params:
-            found[name] = found[name].astype(self._dtype, copy=False)
+        for name in self._params:  # a cache from elsewhere may have parameters of another shape
+            found[name] = found[name].reshape(-1).astype(self._dtype, copy=False)
         for name in self._params:  # now that no memory can be lacking: all change or none
             self._grads[name] = found[name]
 

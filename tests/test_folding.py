@@ -113,6 +113,18 @@ def test_float32_loses_by_scale_and_shift_what_the_layer_keeps(rng):
     assert error(x * scale + shift, exact_eval(layer, x)) > 1e-5
 
 
+def test_statistics_that_are_nan_or_negative_are_not_hidden():
+    layer = BatchNorm(2, dtype=np.float64, on_nonfinite="update")
+    layer(np.array([[1e200, 1.0], [-1e200, 2.0]]))
+    layer(np.array([[1.0, 1.0], [3.0, 2.0]]))
+    scale, shift = layer.affine()
+    assert np.isnan([layer.running_var[0], scale[0], shift[0]]).all()
+    assert np.isfinite([scale[1], shift[1]]).all()
+    layer.running_var[:] = -1
+    with pytest.raises(ValueError, match="running_var must not be negative, got -1"):
+        layer.affine()
+
+
 def test_a_relu_is_left_out_of_scale_and_shift(rng):
     layer = trained(rng)
     kept = layer.affine()
@@ -216,6 +228,12 @@ def test_fold_next_of_a_convolution_that_is_padded(rng):
     x_padded[:, 1:-1, 2:-2] = x
     assert error(apply(x_padded, *folded, -1), expected) <= 1e-14
     assert error(apply(np.pad(x, border), *folded, -1), expected) > 0.01
+
+
+def test_the_word_on_padding_is_a_flag(rng):
+    _, W, b, _ = network(rng, "Keras, 2d", FEATURES, OTHERS)
+    with pytest.raises(TypeError, match="unpadded must be True or False, got 'no'"):
+        fold_next(trained(rng), W, b, unpadded="no")
 
 
 def test_fold_next_needs_no_word_where_padding_does_not_matter(rng):

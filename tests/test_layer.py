@@ -943,6 +943,36 @@ def test_a_mode_is_a_flag(rng):
     assert not layer.train(np.False_).training
 
 
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("running_var", -5, "running_var must not be negative, got -4"),
+        ("running_var", np.nan, "running_var must be finite, got nan"),
+        ("running_mean", np.inf, "running_mean must be finite, got inf"),
+    ],
+)
+def test_statistics_are_checked_after_an_operation_in_place(name, bad, message):
+    layer = BatchNorm(3)
+    with pytest.raises(ValueError, match=message):
+        setattr(layer, name, getattr(layer, name).__iadd__(bad))
+
+
+def test_a_cache_with_parameters_of_another_shape_leaves_gradients_of_the_layers(rng):
+    x, dout = rng.standard_normal((2, 6, 3))
+    layer = BatchNorm(3, dtype=np.float64)
+    _, cache = batchnorm_forward(x, np.ones((1, 3)), np.zeros((3, 1)).T)
+    layer.backward(dout, cache=cache)
+    assert layer.dgamma.shape == layer.dbeta.shape == (3,)
+    np.testing.assert_allclose(layer.dbeta, dout.sum(0))
+    layer.params["gamma"] -= 0.1 * layer.grads["gamma"]
+
+
+def test_missing_gradients_are_named():
+    layer = BatchNorm(3, scale=False)
+    with pytest.raises(AttributeError, match="this layer has no dgamma"):
+        layer.dgamma = np.ones(3)
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_whether_to_update_is_a_flag(rng, mode):
     layer = getattr(trained(rng), mode)()
@@ -1333,7 +1363,7 @@ def test_loaded_count_may_be_any_one_integer(rng, count):
     assert type(layer.num_batches_tracked) is int
 
 
-@pytest.mark.parametrize("count", [-1, 0.5, 2**63, np.inf, np.nan, [3, 4]])
+@pytest.mark.parametrize("count", [-1, 0.5, 2**63, 2**70, np.inf, np.nan, [3, 4]])
 def test_loaded_count_must_be_one_integer(rng, count):
     layer = trained(rng)
     before = snapshot(layer)

@@ -85,6 +85,37 @@ def test_the_layer(rng, batch, mode):
         assert np.array_equal(layer.grads[name], gradient), name
 
 
+@pytest.mark.parametrize("options", [{}, {"unbiased": False}, {"momentum": None}])
+def test_running_statistics_are_those_of_the_rows_bit_for_bit(rng, options):
+    x, mask = rng.standard_normal((9, 4, 5)).astype(np.float32), rng.random((9, 5)) < 0.7
+    layer, plain = BatchNorm(4, **options), BatchNorm(4, **options)
+    for _ in range(3):
+        layer(x, mask=mask)
+        rows = np.moveaxis(x, 1, -1)[mask]
+        plain(rows[..., np.newaxis])
+        assert layer.running_mean.tobytes() == plain.running_mean.tobytes()
+        assert layer.running_var.tobytes() == plain.running_var.tobytes()
+        assert layer.num_batches_tracked == plain.num_batches_tracked
+    before = layer.state_dict()
+    layer(x, mask=mask, update=False)
+    layer(x, mask=np.zeros((), bool))
+    for name, value in before.items():
+        np.testing.assert_array_equal(layer.state_dict()[name], value)
+
+
+def test_a_batch_that_cannot_be_scattered_is_not_counted(rng, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("bn_cy._masks.Kept.scatter", fail)
+    layer = BatchNorm(4)
+    with pytest.raises(MemoryError):
+        layer(rng.standard_normal((9, 4)).astype(np.float32), mask=np.arange(9) % 3 > 0)
+    assert layer.num_batches_tracked == 0
+    assert layer.running_mean.tolist() == [0] * 4
+    assert layer.cache is None
+
+
 @pytest.mark.parametrize(("shape", "axis"), [((4, 3, 6), 1), ((4, 6, 3), -1), ((4, 6, 2, 3), 3)])
 def test_lengths_are_a_mask(rng, shape, axis):
     x = rng.standard_normal(shape)

@@ -142,6 +142,21 @@ def test_a_part_alone_or_beside_empty_ones_keeps_its_bits(rng):
         np.testing.assert_array_equal(whole.var, part.var)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_part_that_is_not_finite_beside_an_empty_one_is_as_it_is(bad):
+    part = moments(np.array([[1.0, 2.0], [bad, 3.0], [5.0, 4.0]]))
+    empty = moments(np.empty((0, 2)))
+    for whole in (part.merge(empty), empty.merge(part), Moments.sum([empty, part, empty])):
+        assert whole.mean.tobytes() == part.mean.tobytes()
+        assert whole.var.tobytes() == part.var.tobytes()
+
+
+def test_numpy_set_to_raise_has_no_say(rng):
+    with np.errstate(all="raise"):
+        parts = [moments(1e-200 * rng.standard_normal((4, 3))) for _ in range(3)]
+        assert Moments.sum(parts).count == 12
+
+
 def test_empty_parts_are_an_empty_whole():
     empty = moments(np.empty((0, 4)))
     for whole in (empty.merge(empty), Moments.sum([empty])):

@@ -11,7 +11,8 @@ A call that fails does so by MemoryError, leaves everything as it was but an `ou
 right bits the next time. One that finds a way gives the right bits at once. No destructor
 complains, and a call that goes through all this again and again leaves no block of memory.
 
-What the OpenMP runtime wants for itself is spared: it ends the process where there is none.
+What the OpenMP runtime wants for itself is spared: it ends the process where there is none. Calls
+with a mask are left out: NumPy's boolean indexing fails with a SystemError, or ends the process.
 """
 
 import argparse
