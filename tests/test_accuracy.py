@@ -27,8 +27,8 @@ SUMS = 4e-7  # dgamma and dbeta
 VAR = 3e-7  # relative
 MEAN = 2e-7  # in standard deviations
 NOT_CENTRED = 0  # of dbeta, in dgamma
-# dgamma of a few thousand values that repeat so rarely, or run so roughly, that it may go unnoticed:
-# about one array in a hundred is then beyond SUMS.
+# dgamma of a few thousand values that repeat so rarely, or run so roughly, that it may go
+# unnoticed: about one array in a hundred is then beyond SUMS.
 UNNOTICED = 8e-7
 
 CHUNK = 1 << 18  # elements held in 80 bits at a time
