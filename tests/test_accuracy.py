@@ -359,6 +359,7 @@ BY_TURNS_IN = [
     ((1_000_000, 1), 1),
     ((32, 6, 28, 28), 1),
     ((2, 6, 150, 150), 1),
+    ((32, 3, 7919), 1),
     ((16, 30, 30, 40), -1),
     ((3, 300_000), 0),
 ]
@@ -376,6 +377,22 @@ def test_values_that_come_by_turns(rng, shape, axis, period):
     _, cache = batchnorm_forward(x, np.ones(features), axis=axis)
     _, dgamma, _ = batchnorm_backward(dout, cache)
     assert dgamma_error(dgamma, dout, x, axis) <= SUMS
+
+
+@pytest.mark.parametrize("period", [3, 5, 7, 10])
+@pytest.mark.parametrize(
+    ("shape", "feature"),
+    [((100_000, 7), 0), ((100_000, 7), 3), ((100_000, 7), 6), ((20_000, 1024), 900)],
+)
+def test_values_that_come_by_turns_in_one_feature(rng, shape, feature, period):
+    """Whatever the others are like."""
+    x = rng.standard_normal(shape).astype(np.float32)
+    x[:, feature] = x[np.arange(len(x)) % period, feature]
+    dout = (1000 + rng.standard_normal(shape)).astype(np.float32)
+    _, cache = batchnorm_forward(x, np.ones(shape[1]))
+    _, dgamma, _ = batchnorm_backward(dout, cache)
+    one = x[:, feature : feature + 1], dout[:, feature : feature + 1]
+    assert dgamma_error(dgamma[feature : feature + 1], one[1], one[0], 1) <= SUMS
 
 
 SMOOTH = {  # of n values
@@ -475,6 +492,15 @@ def test_products_that_overflow_in_one_group_alone(rng):
     assert terms[:8, 0].sum() > np.finfo(np.float32).max
     np.testing.assert_allclose(sum_dout, dout.sum(axis=0, dtype=np.float64), rtol=SUMS)
     assert np.all(abs(sum_dout_xhat - terms.sum(axis=0)) <= SUMS * np.linalg.norm(terms, axis=0))
+
+
+def test_sums_of_dout_that_overflow_where_products_do_not(rng):
+    """As those of values near the mean."""
+    x = (1e-3 * rng.uniform(0.5, 1, (64, 3))).astype(np.float32)
+    dout = (1e38 * rng.uniform(0.9, 1.1, x.shape)).astype(np.float32)
+    sum_dout, sum_dout_xhat = gradient_sums(dout, x, np.zeros(3), np.ones(3), eps=0)
+    np.testing.assert_allclose(sum_dout, dout.sum(axis=0, dtype=np.float64), rtol=SUMS)
+    np.testing.assert_allclose(sum_dout_xhat, (np.float64(dout) * x).sum(axis=0), rtol=SUMS)
 
 
 # float32: data on which shifts, signs or orders go wrong

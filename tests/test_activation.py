@@ -16,6 +16,7 @@ DTYPES = [np.float32, np.float64]
 # Rows, runs and images that end within a byte, and blocks that begin there.
 ODD = [((3000, 99), 1), ((40, 700), 1), ((61, 2503), 1), ((300, 300), 1), ((38, 7, 6, 33), 1)]
 ODD += [((2000, 300), 1), ((2048, 500), 1), ((2048, 100, 3), 1)]  # merged for sums, not for writing
+ODD += [((2000, 3, 3, 3), 1)]  # merged images, in two cells for writing
 PATHS = [*CASES, *ODD, ((8, 64, 28, 28), 1)]
 FOLLOWED = [(True, False), (False, True), (True, True)]  # relu, residual
 

@@ -1264,6 +1264,15 @@ def test_an_output_whose_elements_are_the_same_memory_is_refused(rng, function, 
     assert not memory.any()
 
 
+@pytest.mark.parametrize("strides", [(0, 4), (4, 4), (8, 4), (-8, 4)])
+def test_an_output_of_two_rows_in_the_same_memory_is_refused(rng, strides):
+    x, memory = rng.standard_normal((2, 3)).astype(np.float32), np.zeros(20, np.float32)
+    out = np.lib.stride_tricks.as_strided(memory[10:], x.shape, strides)
+    with pytest.raises(ValueError, match="out must have memory of its own for every"):
+        batchnorm_forward(x, out=out)
+    assert not memory.any()
+
+
 @pytest.mark.parametrize("strides", [(12, 4), (-12, 4), (24, 8), (4, 24), (32, 4)])
 def test_an_output_of_any_strides(rng, strides):
     x = rng.standard_normal((6, 3)).astype(np.float32)

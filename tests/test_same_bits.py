@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from exact import LAYOUTS, parameters
 
-from bn_cy import BatchNorm, functional, moments, normalize, set_num_threads
+from bn_cy import (
+    BatchNorm,
+    functional,
+    gradient_sums,
+    moments,
+    normalize,
+    set_num_threads,
+)
 from bn_cy._digests import CASES, digest
 
 DTYPES = [np.float32, np.float64]
@@ -224,6 +231,23 @@ def test_nan_is_the_same_nan(rng, shape, dtype):
         set_num_threads(threads)
         found.add(str(step(x, *others, 1)))
     assert len(found) == 1
+
+
+def test_what_lies_behind_the_batch_has_no_say(rng):
+    """Rows are compared with some below them, of which a cell of 502 rows has no 504th."""
+    memory = (3 + rng.standard_normal((2008, 520))).astype(np.float32)
+    x = memory[:2006]
+    before = digest(*moments(x)[1:])
+    memory[2006:] = x[1506:1508]
+    assert digest(*moments(x)[1:]) == before
+
+
+def test_an_image_of_1024_rows_is_summed_in_one_go():
+    """So 1 is lost beside 2^60, though that is taken away again."""
+    dout = np.zeros((2, 2, 1024 * 2032), np.float32)
+    dout[0, 0, [0, 32 * 2032, 40 * 2032]] = 1, 2.0**60, -(2.0**60)
+    sum_dout, _ = gradient_sums(dout, dout, np.zeros(2), np.ones(2))
+    assert sum_dout[0] == 0  # 1 with more cells than one
 
 
 def test_from_when_on_outputs_go_past_the_cache(settings):
