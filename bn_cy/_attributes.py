@@ -51,18 +51,20 @@ class Arrays(dict):
     __delitem__ = clear = pop = popitem = setdefault = __ior__ = _refuse
 
 
-def entry(store, name, doc):
-    """Return a property that reads and assigns an entry of one of the layer's dictionaries."""
+def entry(store, key, doc, name=None):
+    """Return a property that reads and assigns an entry of one of the layer's dictionaries.
+
+    Errors call it by its name, if that is not the key.
+    """
 
     def get(layer):
-        return getattr(layer, store).get(name)
+        return getattr(layer, store).get(key)
 
     def assign(layer, value):
         entries = getattr(layer, store)
-        if name not in entries:
-            missing = f"d{name}" if store == "grads" else name
-            raise AttributeError(f"this layer has no {missing}")
-        entries[name] = value
+        if key not in entries:
+            raise AttributeError(f"this layer has no {name or key}")
+        entries[key] = value
 
     return property(get, assign, doc=doc)
 

@@ -166,8 +166,8 @@ cdef bint doubt_smooth(
 ) noexcept nogil:
     """Doubt features whose values run smoothly, as those of a ramp or sorted ones do, and tell
     whether there are any. From one group to the next their last bits change little, or by the same
-    step, so that many sums are ties that are rounded the same way: the mean is off by a tenth of a
-    half-digit, and counts n times with dout, as where values repeat."""
+    step, so that many sums are ties that are rounded the same way, and what that leaves of the mean
+    counts n times with dout, as where values repeat."""
     cdef floating near[WIDTH]  # how many pairs are within an eighth of a standard deviation
     cdef floating limit[WIDTH]
     cdef Py_ssize_t f
